@@ -1,0 +1,23 @@
+//! A disk made of layers: copy-on-write, parents, and the gate through which they are opened.
+//!
+//! [`Chain`] is the [`disk::Disk`] that a guest sees: layers, top first. It asks each layer where the guest's
+//! bytes are and moves them itself. [`StackSpec`] says as plain data which images make up a disk, and
+//! [`open`] is the one entry point that opens it, through an [`OpenGate`] that decides what may be opened.
+//!
+//! Invariant: only the top layer is ever written. Nothing here knows a format's insides, and nothing
+//! guesses a format from an image's bytes.
+
+mod chain;
+mod map;
+mod open;
+mod parent_name;
+mod read;
+mod requests;
+mod resize;
+mod spec;
+mod write;
+mod zero;
+
+pub use chain::{Chain, LayerInfo};
+pub use open::{Access, MAX_DEPTH, OpenGate, Reference, ReferenceKind, open};
+pub use spec::{ParentSpec, StackSpec};

@@ -1,0 +1,233 @@
+//! What can go wrong in the control path.
+
+use disk::DiskError;
+use std::io;
+use std::path::PathBuf;
+
+/// A failed operation of the engine. Texts name the object, what was expected, what was found and the next
+/// step; the cause is in `source`.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No disk of that name.
+    #[error("there is no disk {0:?}; `highwater disk list` shows all")]
+    NoSuchDisk(String),
+    /// The name is taken.
+    #[error("there is a disk {0:?} already; choose another name or remove it first")]
+    DiskExists(String),
+    /// The name has characters that names do not have.
+    #[error("{0:?} is not a disk name: expected 1 to 64 of a-z A-Z 0-9 . _ -")]
+    BadName(String),
+    /// The disk is on its way in or out.
+    #[error("disk {name:?} is {state}; try again when that is done")]
+    Busy {
+        /// The disk.
+        name: String,
+        /// What it is doing.
+        state: &'static str,
+    },
+    /// The disk is known but could not be opened.
+    #[error("disk {name:?} is not open: {error}; remove it and add it again when that is mended")]
+    NotOpen {
+        /// The disk.
+        name: String,
+        /// Why.
+        error: String,
+    },
+    /// No export of that name.
+    #[error("disk {disk:?} has no export {export:?}")]
+    NoSuchExport {
+        /// The disk.
+        disk: String,
+        /// The export asked for.
+        export: String,
+    },
+    /// Nothing is served there.
+    #[error("nothing is served at this path with this method; see /openapi.json")]
+    NoSuchPath,
+    /// No job of that number.
+    #[error("there is no job {0}; it may have ended long ago")]
+    NoSuchJob(u64),
+    /// The export's name is taken on that address.
+    #[error("there is an export {export:?} on {endpoint} already; give another name or address")]
+    ExportExists {
+        /// The export.
+        export: String,
+        /// Where.
+        endpoint: String,
+    },
+    /// An address cannot be listened on, or not with these settings.
+    #[error("cannot listen on {endpoint}")]
+    Listen {
+        /// The address.
+        endpoint: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The same address was asked for with different TLS settings.
+    #[error("{endpoint} is open already with other TLS settings; give the same ones or another address")]
+    TlsDiffers {
+        /// The address.
+        endpoint: String,
+    },
+    /// Certificates cannot be used.
+    #[error("TLS directory {}: {reason}", dir.display())]
+    Tls {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The format was not given and the file's name does not tell it.
+    #[error("{}: the name does not tell the format; give -f raw or -f qcow2", file.display())]
+    FormatUnknown {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The name says raw, the content looks like something else.
+    #[error(
+        "{}: the name says raw but the file begins like a qcow2 image; give -f qcow2 or -f raw",
+        file.display()
+    )]
+    FormatDoubtful {
+        /// The file.
+        file: PathBuf,
+    },
+    /// A request that contradicts itself or the rules.
+    #[error("{0}")]
+    Invalid(String),
+    /// Something this build or format does not do.
+    #[error("{0}")]
+    Unsupported(String),
+    /// An image's data path failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A file of the operating system.
+    #[error("{}: {doing}", file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The catalogue cannot be used.
+    #[error("catalogue {}: {reason}", file.display())]
+    Catalogue {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// Somebody asked for the work to stop.
+    #[error("cancelled")]
+    Cancelled,
+    /// An I/O thread ended.
+    #[error("an i/o thread has ended; restart the daemon")]
+    ThreadGone,
+    /// The disk's I/O threads could not be started.
+    #[error("cannot start the i/o threads")]
+    Threads(#[source] io::Error),
+}
+
+/// A class of errors, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorClass {
+    /// The named thing does not exist.
+    NotFound,
+    /// It exists already, or is in a state that forbids this.
+    Conflict,
+    /// The request makes no sense.
+    Invalid,
+    /// Another process holds it.
+    InUse,
+    /// Not something that Highwater does.
+    Unsupported,
+    /// An image contradicts its format.
+    Corrupt,
+    /// Space, memory or a bound is exhausted.
+    NoSpace,
+    /// Stopped on request.
+    Cancelled,
+    /// The rest: the operating system or the device failed.
+    Failed,
+}
+
+impl ErrorClass {
+    /// The word in an API error's `kind`.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::NotFound => "not-found",
+            Self::Conflict => "conflict",
+            Self::Invalid => "invalid",
+            Self::InUse => "in-use",
+            Self::Unsupported => "unsupported",
+            Self::Corrupt => "corrupt",
+            Self::NoSpace => "no-space",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl EngineError {
+    /// For an operating-system failure on a file.
+    pub fn file(file: impl Into<PathBuf>, doing: &'static str, source: io::Error) -> Self {
+        Self::File { file: file.into(), doing, source }
+    }
+
+    /// Which class it belongs to.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::NoSuchDisk(_) | Self::NoSuchExport { .. } | Self::NoSuchJob(_) | Self::NoSuchPath => {
+                ErrorClass::NotFound
+            }
+            Self::DiskExists(_)
+            | Self::Busy { .. }
+            | Self::NotOpen { .. }
+            | Self::ExportExists { .. }
+            | Self::TlsDiffers { .. } => ErrorClass::Conflict,
+            Self::BadName(_)
+            | Self::FormatUnknown { .. }
+            | Self::FormatDoubtful { .. }
+            | Self::Invalid(_)
+            | Self::Tls { .. } => ErrorClass::Invalid,
+            Self::Unsupported(_) => ErrorClass::Unsupported,
+            Self::Cancelled => ErrorClass::Cancelled,
+            Self::Disk(error) => match error.kind() {
+                disk::ErrorKind::NotFound => ErrorClass::NotFound,
+                disk::ErrorKind::InUse => ErrorClass::InUse,
+                disk::ErrorKind::Unsupported => ErrorClass::Unsupported,
+                disk::ErrorKind::Corrupt => ErrorClass::Corrupt,
+                disk::ErrorKind::NoSpace | disk::ErrorKind::NoMemory => ErrorClass::NoSpace,
+                disk::ErrorKind::Invalid | disk::ErrorKind::OutOfRange => ErrorClass::Invalid,
+                disk::ErrorKind::ReadOnly | disk::ErrorKind::Closed => ErrorClass::Conflict,
+                disk::ErrorKind::Io | disk::ErrorKind::Poisoned | disk::ErrorKind::NotFast => ErrorClass::Failed,
+            },
+            Self::File { source, .. } | Self::Listen { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => ErrorClass::NotFound,
+                io::ErrorKind::AddrInUse => ErrorClass::InUse,
+                io::ErrorKind::StorageFull => ErrorClass::NoSpace,
+                _ => ErrorClass::Failed,
+            },
+            Self::Catalogue { .. } | Self::ThreadGone | Self::Threads(_) => ErrorClass::Failed,
+        }
+    }
+}
+
+/// The whole chain of causes in one line.
+pub fn chain_text(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !text.ends_with(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        next = cause.source();
+    }
+    text
+}

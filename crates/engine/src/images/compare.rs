@@ -1,0 +1,161 @@
+//! Comparing what two images show.
+//!
+//! Each I/O thread opens both images for itself and takes the next piece of the disk when it is done with
+//! one; ranges that both maps call zero are not read.
+
+use super::report::CompareReport;
+use super::request::CompareSpec;
+use super::stack::Stack;
+use super::{Progress, closing, open_source, zeroes};
+use crate::EngineError;
+use dataplane::IoThread;
+use disk::{Buf, ByteRange};
+use futures_util::future::{join, join_all};
+use futures_util::stream::{self, StreamExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of one request: little enough that both images' bytes are still in the processor's cache when they are
+/// compared.
+const REQUEST: u64 = 128 << 10;
+/// Requests under way at the same time on each thread and image.
+const UNDER_WAY: usize = 4;
+/// Bytes that a thread takes at a time.
+const PIECE: u64 = 32 << 20;
+
+/// What the threads share.
+struct Work {
+    /// Where the next piece begins.
+    next: AtomicU64,
+    /// The first difference found so far; `u64::MAX`: none. What lies behind it need not be looked at.
+    first: AtomicU64,
+    progress: Progress,
+}
+
+impl Work {
+    fn take(&self, end: u64) -> Option<ByteRange> {
+        let at = self.next.fetch_add(PIECE, Ordering::Relaxed);
+        let bound = end.min(self.first.load(Ordering::Relaxed));
+        (at < bound).then(|| ByteRange::between(at, at.saturating_add(PIECE).min(end)))
+    }
+
+    fn differ(&self, at: u64) {
+        self.first.fetch_min(at, Ordering::Relaxed);
+    }
+}
+
+/// Compares both images.
+pub(crate) async fn compare(
+    threads: &[IoThread],
+    spec: CompareSpec,
+    progress: Progress,
+) -> Result<CompareReport, EngineError> {
+    let work = Arc::new(Work { next: AtomicU64::new(0), first: AtomicU64::new(u64::MAX), progress });
+    let spec = Arc::new(spec);
+    let all = threads.iter().map(|thread| {
+        let (work, spec) = (Arc::clone(&work), Arc::clone(&spec));
+        thread.spawn(move || async move { on_thread(&work, &spec).await })
+    });
+    let mut sizes = None;
+    for result in join_all(all).await {
+        let found = result.map_err(|_| EngineError::ThreadGone)??;
+        if *sizes.get_or_insert(found) != found {
+            return Err(EngineError::Invalid("an image has changed its size meanwhile".to_owned()));
+        }
+    }
+    let (first_size, second_size) = sizes.ok_or(EngineError::ThreadGone)?;
+    let sizes_differ = first_size != second_size;
+    let first_difference = Some(work.first.load(Ordering::Relaxed)).filter(|at| *at != u64::MAX);
+    let identical = first_difference.is_none() && !(spec.strict && sizes_differ);
+    Ok(CompareReport { identical, first_difference, sizes_differ })
+}
+
+async fn on_thread(work: &Work, spec: &CompareSpec) -> Result<(u64, u64), EngineError> {
+    let first = open_source(&spec.first).await?;
+    let second = match open_source(&spec.second).await {
+        Ok(second) => second,
+        Err(e) => return closing(&first, Err(e)).await,
+    };
+    let result = pieces(work, spec.strict, &first, &second).await;
+    let result = closing(&second, result).await;
+    closing(&first, result).await
+}
+
+async fn pieces(work: &Work, strict: bool, first: &Stack, second: &Stack) -> Result<(u64, u64), EngineError> {
+    let sizes = (first.disk().geometry().size, second.disk().geometry().size);
+    let common = sizes.0.min(sizes.1);
+    // Without --strict what one has more must be zero; with it, different sizes end the matter.
+    if strict && sizes.0 != sizes.1 {
+        return Ok(sizes);
+    }
+    let all = sizes.0.max(sizes.1);
+    work.progress.set_total(all);
+    while let Some(piece) = work.take(all) {
+        let requests = (0..piece.len().div_ceil(REQUEST)).map(|n| piece.skip(n * REQUEST).prefix(REQUEST));
+        let mut results = stream::iter(requests)
+            .map(|range| async move {
+                work.progress.check()?;
+                if range.offset() < work.first.load(Ordering::Relaxed) {
+                    let both = range.intersect(ByteRange::new(0, common));
+                    same(work, first, second, both).await?;
+                    let longer = if sizes.0 > sizes.1 { first } else { second };
+                    only_zero(work, longer, range.skip(both.len())).await?;
+                }
+                work.progress.advance(range.len());
+                Ok::<_, EngineError>(())
+            })
+            .buffer_unordered(UNDER_WAY);
+        while let Some(result) = results.next().await {
+            result?;
+        }
+    }
+    Ok(sizes)
+}
+
+/// Notes the first difference in the range, if there is one.
+async fn same(work: &Work, first: &Stack, second: &Stack, range: ByteRange) -> Result<(), EngineError> {
+    let mut rest = range;
+    while !rest.is_empty() {
+        let (a, b) = join(first.disk().map(rest), second.disk().map(rest)).await;
+        let (a, b) = (a?, b?);
+        let part = rest.prefix(a.range.len().min(b.range.len()));
+        rest = rest.skip(part.len());
+        match (a.zero, b.zero) {
+            (true, true) => {}
+            (true, false) => only_zero_data(work, second, part).await?,
+            (false, true) => only_zero_data(work, first, part).await?,
+            (false, false) => {
+                let (at, len) = (part.offset(), part.len() as usize);
+                let (a, b) = join(first.disk().read(at, Buf::new(len)), second.disk().read(at, Buf::new(len))).await;
+                let (a, b) = (a?, b?);
+                if a[..] != b[..] {
+                    let same = a.iter().zip(b.iter()).take_while(|(a, b)| a == b).count();
+                    work.differ(at + same as u64);
+                    return Ok(());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn only_zero(work: &Work, stack: &Stack, range: ByteRange) -> Result<(), EngineError> {
+    let mut rest = range;
+    while !rest.is_empty() {
+        let extent = stack.disk().map(rest).await?;
+        if !extent.zero {
+            only_zero_data(work, stack, extent.range).await?;
+        }
+        rest = rest.skip(extent.range.len());
+    }
+    Ok(())
+}
+
+async fn only_zero_data(work: &Work, stack: &Stack, range: ByteRange) -> Result<(), EngineError> {
+    let bytes = stack.disk().read(range.offset(), Buf::new(range.len() as usize)).await?;
+    if !zeroes::is_zero(&bytes) {
+        let same = bytes.iter().take_while(|b| **b == 0).count();
+        work.differ(range.offset() + same as u64);
+    }
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! The catalogue of disks, their open stacks, their exports, and work on image files.
+//!
+//! ```text
+//! Engine ── catalogue (JSON file)      what to open when the daemon starts
+//!    │
+//!    ├── disks ── home I/O thread ── Stack: Chain of layers
+//!    ├── exports ── NBD servers by address
+//!    └── jobs ── Workshop: create, convert, compare, check, measure, resize
+//! ```
+//!
+//! Everything that touches an image runs on an I/O thread; the methods here may be awaited on any executor.
+//!
+//! Invariant: tokio does not appear here.
+
+mod catalogue;
+mod engine;
+mod error;
+mod exports;
+pub mod format_policy;
+mod home;
+pub mod images;
+mod jobs;
+mod metrics;
+mod spec;
+mod status;
+
+pub use catalogue::Catalogue;
+pub use engine::{Engine, EngineConfig};
+pub use error::{EngineError, ErrorClass, chain_text};
+pub use jobs::{JobKind, JobState, JobStatus, Jobs};
+pub use spec::{CacheMode, DiskSpec, ExportSpec, Format, ImageSpec, TlsSpec, name_of_file, validate_name};
+pub use status::{DiskState, DiskStatus, Event, ExportStatus};
+
+/// What I/O threads run on.
+pub use dataplane::Backend;

@@ -1,0 +1,120 @@
+//! What the engine tells about its disks.
+
+use crate::{DiskSpec, ExportSpec, Format, JobState};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Where a disk is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskState {
+    /// On its way in.
+    Opening,
+    /// In service.
+    Open,
+    /// Could not be opened; `error` says why.
+    Failed,
+    /// On its way out.
+    Closing,
+}
+
+impl DiskState {
+    /// The word for people.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Open => "open",
+            Self::Failed => "failed",
+            Self::Closing => "closing",
+        }
+    }
+}
+
+/// One disk, as it is now.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskStatus {
+    /// As it was asked for.
+    pub spec: DiskSpec,
+    /// Where it is in its life.
+    pub state: DiskState,
+    /// Why it is not open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The image's format.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// Size of the guest's disk in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtual_size: Option<u64>,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// The ways in that are open.
+    pub exports: Vec<ExportStatus>,
+}
+
+/// One export, as it is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct ExportStatus {
+    /// Its name.
+    pub name: String,
+    /// As it was asked for.
+    pub spec: ExportSpec,
+    /// NBD URIs of it, one per address.
+    pub uris: Vec<String>,
+    /// Why it is not open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A disk is in service.
+    DiskOpened {
+        /// Which.
+        disk: String,
+    },
+    /// A disk could not be opened.
+    DiskFailed {
+        /// Which.
+        disk: String,
+        /// Why.
+        error: String,
+    },
+    /// A disk was closed and forgotten.
+    DiskRemoved {
+        /// Which.
+        disk: String,
+    },
+    /// A disk has another size.
+    DiskResized {
+        /// Which.
+        disk: String,
+        /// Bytes.
+        size: u64,
+    },
+    /// An export was opened.
+    ExportAdded {
+        /// Of which disk.
+        disk: String,
+        /// Which.
+        export: String,
+    },
+    /// An export was closed.
+    ExportRemoved {
+        /// Of which disk.
+        disk: String,
+        /// Which.
+        export: String,
+    },
+    /// A job began or ended.
+    Job {
+        /// Which.
+        id: u64,
+        /// Where it is in its life.
+        state: JobState,
+    },
+}

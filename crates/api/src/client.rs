@@ -1,0 +1,233 @@
+//! The client of the daemon's API, over its unix socket.
+
+use crate::types::{DiskList, ErrorBody, ExportQuery, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo};
+use engine::images::report::ImageInfo;
+use engine::{DiskSpec, DiskStatus, ExportSpec, ExportStatus, JobKind, JobStatus};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::path::{Path, PathBuf};
+
+/// A failed call.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers on the socket.
+    #[error(
+        "no daemon answers on {}; start one with `highwater daemon` or name its socket with --api",
+        socket.display()
+    )]
+    NoDaemon {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// The daemon refused.
+    #[error("{}", body.error)]
+    Refused {
+        /// HTTP's status code.
+        status: u16,
+        /// What the daemon said.
+        body: ErrorBody,
+    },
+    /// The talk broke off, or the answer was not understood.
+    #[error("the daemon's answer on {} was not understood", socket.display())]
+    Broken {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: reqwest::Error,
+    },
+}
+
+impl ClientError {
+    /// The daemon's class of the error, when it gave one.
+    pub fn kind(&self) -> Option<&str> {
+        match self {
+            Self::Refused { body, .. } => Some(&body.kind),
+            _ => None,
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, ClientError>;
+
+/// A client of one daemon.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    socket: PathBuf,
+}
+
+impl Client {
+    /// A client of the daemon on that socket. Does not connect yet.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be made.
+    pub fn new(socket: &Path) -> Result<Self> {
+        let http = reqwest::Client::builder()
+            .unix_socket(socket)
+            .build()
+            .map_err(|source| ClientError::Broken { socket: socket.to_owned(), source })?;
+        Ok(Self { http, socket: socket.to_owned() })
+    }
+
+    /// The daemon's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Who answers.
+    pub async fn version(&self) -> Result<VersionInfo> {
+        self.get("/v1/version").await
+    }
+
+    /// All disks.
+    pub async fn disks(&self) -> Result<DiskList> {
+        self.get("/v1/disks").await
+    }
+
+    /// One disk.
+    pub async fn disk(&self, name: &str) -> Result<DiskStatus> {
+        self.get(&disk_path(name, "")).await
+    }
+
+    /// Adds a disk and opens its exports.
+    pub async fn add_disk(&self, spec: &DiskSpec) -> Result<DiskStatus> {
+        self.send(self.request(Method::POST, "/v1/disks").json(spec)).await
+    }
+
+    /// Closes a disk and forgets it; its image is left.
+    pub async fn remove_disk(&self, name: &str) -> Result<()> {
+        self.done(self.request(Method::DELETE, &disk_path(name, ""))).await
+    }
+
+    /// Opens an export.
+    pub async fn add_export(&self, disk: &str, spec: &ExportSpec) -> Result<ExportStatus> {
+        self.send(self.request(Method::POST, &disk_path(disk, "/exports")).json(spec)).await
+    }
+
+    /// Closes one export, or all of a disk.
+    pub async fn remove_exports(&self, disk: &str, name: Option<&str>) -> Result<()> {
+        let query = ExportQuery { name: name.map(str::to_owned) };
+        self.done(self.request(Method::DELETE, &with_query(&disk_path(disk, "/exports"), &query))).await
+    }
+
+    /// An image's facts.
+    pub async fn info(&self, disk: &str) -> Result<ImageInfo> {
+        self.get(&disk_path(disk, "/info")).await
+    }
+
+    /// A part of a disk's map.
+    pub async fn map(&self, disk: &str, query: &MapQuery) -> Result<MapReply> {
+        self.get(&with_query(&disk_path(disk, "/map"), query)).await
+    }
+
+    /// Changes a disk's size.
+    pub async fn resize(&self, disk: &str, request: &ResizeRequest) -> Result<DiskStatus> {
+        self.send(self.request(Method::POST, &disk_path(disk, "/resize")).json(request)).await
+    }
+
+    /// Starts a job.
+    pub async fn start_job(&self, kind: &JobKind) -> Result<JobStatus> {
+        self.send(self.request(Method::POST, "/v1/jobs").json(kind)).await
+    }
+
+    /// All jobs.
+    pub async fn jobs(&self) -> Result<JobList> {
+        self.get("/v1/jobs").await
+    }
+
+    /// One job.
+    pub async fn job(&self, id: u64) -> Result<JobStatus> {
+        self.get(&format!("/v1/jobs/{id}")).await
+    }
+
+    /// Asks a job to stop, or forgets one that has ended.
+    pub async fn cancel_job(&self, id: u64) -> Result<()> {
+        self.done(self.request(Method::DELETE, &format!("/v1/jobs/{id}"))).await
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("http://highwater{path}"))
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.send(self.request(Method::GET, path)).await
+    }
+
+    async fn send<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T> {
+        self.answer(request).await?.json().await.map_err(|source| self.broken(source))
+    }
+
+    async fn done(&self, request: RequestBuilder) -> Result<()> {
+        self.answer(request).await.map(drop)
+    }
+
+    async fn answer(&self, request: RequestBuilder) -> Result<Response> {
+        let answer = request.send().await.map_err(|source| {
+            if source.is_connect() {
+                ClientError::NoDaemon { socket: self.socket.clone(), source }
+            } else {
+                self.broken(source)
+            }
+        })?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let body = answer.json().await.unwrap_or_else(|_| ErrorBody {
+            error: format!("the daemon answered {status}"),
+            kind: if status == StatusCode::NOT_FOUND { "not-found" } else { "failed" }.to_owned(),
+            next_step: None,
+        });
+        Err(ClientError::Refused { status: status.as_u16(), body })
+    }
+
+    fn broken(&self, source: reqwest::Error) -> ClientError {
+        ClientError::Broken { socket: self.socket.clone(), source }
+    }
+}
+
+/// The path of a disk; what a segment may not hold is encoded.
+fn disk_path(name: &str, rest: &str) -> String {
+    format!("/v1/disks/{}{rest}", percent(name))
+}
+
+fn with_query(path: &str, query: &impl Serialize) -> String {
+    let fields = serde_json::to_value(query).unwrap_or_default();
+    let pairs: Vec<String> = fields
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, value)| {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            format!("{name}={}", percent(&text))
+        })
+        .collect();
+    if pairs.is_empty() { path.to_owned() } else { format!("{path}?{}", pairs.join("&")) }
+}
+
+fn percent(text: &str) -> String {
+    text.bytes()
+        .map(|b| match b {
+            b if b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'~') => char::from(b).to_string(),
+            b => format!("%{b:02X}"),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths() {
+        assert_eq!(disk_path("a/../b", "/map"), "/v1/disks/a%2F..%2Fb/map");
+        assert_eq!(with_query("/x", &MapQuery { start: 5, length: None }), "/x?start=5");
+        assert_eq!(with_query("/x", &ExportQuery { name: Some("a&b".into()) }), "/x?name=a%26b");
+        assert_eq!(with_query("/x", &ExportQuery::default()), "/x");
+    }
+}

@@ -1,0 +1,21 @@
+//! The HTTP interface: the types of its bodies and a client.
+//!
+//! Bodies that describe disks and images are the engine's own plain data; this crate adds what only HTTP
+//! needs. The daemon serves the OpenAPI document of all of it at `/openapi.json`.
+
+mod client;
+mod types;
+
+pub use client::{Client, ClientError};
+pub use engine::images::report::{
+    BitmapInfo, CheckReport, CompareReport, ConvertReport, FormatSpecific, ImageInfo, MapEntry, MeasureReport,
+    Qcow2Info, SnapshotInfo,
+};
+pub use engine::{
+    CacheMode, DiskSpec, DiskState, DiskStatus, Event, ExportSpec, ExportStatus, Format, ImageSpec, JobKind, JobState,
+    JobStatus, TlsSpec,
+};
+pub use types::{
+    DiskList, ErrorBody, ExportQuery, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo, default_socket,
+    runtime_directory,
+};

@@ -1,0 +1,109 @@
+//! Bodies and queries that only HTTP has.
+
+use engine::images::report::MapEntry;
+use engine::{DiskStatus, JobStatus};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use utoipa::{IntoParams, ToSchema};
+
+/// The body of every answer that is not a success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct ErrorBody {
+    /// What happened, for people: the object, what was expected, what was found, the causes.
+    pub error: String,
+    /// The class, for programs: `not-found`, `conflict`, `invalid`, `in-use`, `unsupported`, `corrupt`,
+    /// `no-space`, `cancelled`, `failed`.
+    pub kind: String,
+    /// What to do next, where that is known and not part of `error`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_step: Option<String>,
+}
+
+/// Who answers.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct VersionInfo {
+    /// The daemon's version.
+    pub version: String,
+    /// The interface's version: the `1` of `/v1`.
+    pub api: u32,
+    /// Its process id.
+    pub pid: u32,
+    /// Its I/O threads.
+    pub io_threads: usize,
+    /// What they run on: `uring` or `threads`.
+    pub io_backend: String,
+}
+
+/// All disks, by name.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct DiskList {
+    /// The disks.
+    pub disks: Vec<DiskStatus>,
+}
+
+/// All jobs, oldest first.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct JobList {
+    /// The jobs.
+    pub jobs: Vec<JobStatus>,
+}
+
+/// Which part of a disk to map.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(rename_all = "kebab-case")]
+#[into_params(parameter_in = Query)]
+pub struct MapQuery {
+    /// First byte; 0 when absent.
+    #[serde(default)]
+    pub start: u64,
+    /// Bytes; up to the end when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub length: Option<u64>,
+}
+
+/// A part of a disk's map. An answer has a bounded number of entries: when `next` is there, ask again from
+/// there.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct MapReply {
+    /// Runs of bytes in one state, in order, without gaps.
+    pub entries: Vec<MapEntry>,
+    /// The first byte not spoken of, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<u64>,
+}
+
+/// Which export to close.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ExportQuery {
+    /// The export's name; all exports of the disk when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// A new size.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ResizeRequest {
+    /// Bytes; a multiple of 512.
+    pub size: u64,
+    /// Whether the disk may lose bytes at its end.
+    #[serde(default)]
+    pub shrink: bool,
+}
+
+/// Where sockets of this user's daemon live: `$XDG_RUNTIME_DIR/highwater`, or `/run/highwater`.
+pub fn runtime_directory() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir).join("highwater"),
+        _ => PathBuf::from("/run/highwater"),
+    }
+}
+
+/// The API socket when none is named.
+pub fn default_socket() -> PathBuf {
+    runtime_directory().join("api.sock")
+}

@@ -1,0 +1,501 @@
+//! The grammar of the command line. Verbs and options follow qemu-img's habits where it has the verb.
+
+use crate::size::{parse_new_size, parse_size};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::images::request::{NewSize, PreallocationMode, RepairMode};
+use engine::{CacheMode, Format};
+use std::path::PathBuf;
+
+/// Virtual disks: make, convert, check and serve them.
+#[derive(Debug, Parser)]
+#[command(name = "highwater", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Global {
+    /// The daemon's API socket [default: $XDG_RUNTIME_DIR/highwater/api.sock or /run/highwater/api.sock]
+    #[arg(long, global = true, value_name = "SOCKET")]
+    pub(crate) api: Option<PathBuf>,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// As qemu-img has it: `json` is the same as --json
+    #[arg(long, global = true, value_enum, value_name = "KIND", hide = true)]
+    pub(crate) output: Option<OutputKind>,
+    /// Print nothing but errors
+    #[arg(long, short = 'q', global = true)]
+    pub(crate) quiet: bool,
+}
+
+impl Global {
+    pub(crate) fn wants_json(&self) -> bool {
+        self.json || self.output == Some(OutputKind::Json)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputKind {
+    Human,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Make a new image
+    Create(CreateArgs),
+    /// Show an image's facts
+    Info(InfoArgs),
+    /// Show which ranges of a disk hold data
+    Map(MapArgs),
+    /// Check an image's metadata, and mend it with --repair
+    Check(CheckArgs),
+    /// Copy an image, perhaps into another format
+    Convert(ConvertArgs),
+    /// Compare what two images show
+    Compare(CompareArgs),
+    /// Change the size of a disk
+    Resize(ResizeArgs),
+    /// Show how much space a conversion would take
+    Measure(MeasureArgs),
+    /// Serve one image over NBD, in the foreground
+    Serve(ServeArgs),
+    /// Serve the disks of the catalogue, and the API
+    Daemon(DaemonArgs),
+    /// Work with the daemon's disks
+    #[command(subcommand)]
+    Disk(DiskVerb),
+    /// Work with the daemon's jobs
+    #[command(subcommand)]
+    Job(JobVerb),
+    /// Print how QEMU and libvirt attach a disk's export
+    Attach(AttachArgs),
+    /// Print a shell's completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which image a DISK argument means.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DiskArg {
+    /// A file, or the name of a disk of the daemon
+    #[arg(value_name = "DISK")]
+    pub(crate) disk: String,
+    /// The file's format; by its extension when absent
+    #[arg(short = 'f', long = "format")]
+    pub(crate) format: Option<Format>,
+    /// Read the file though somebody writes to it
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// The new image's format
+    #[arg(short = 'f', long = "format", default_value = "raw")]
+    pub(crate) format: Format,
+    /// Format options, K=V,…
+    #[arg(short = 'o', long = "options", value_name = "K=V,…")]
+    pub(crate) options: Vec<String>,
+    /// What shows through where the new image holds nothing
+    #[arg(short = 'b', long = "backing", value_name = "PARENT")]
+    pub(crate) backing: Option<String>,
+    /// The parent's format
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
+    pub(crate) backing_format: Option<Format>,
+    /// Do not open the parent
+    #[arg(short = 'u', long = "unsafe")]
+    pub(crate) unsafe_backing: bool,
+    /// The new image; an image that stands there is replaced, unless it is in use
+    pub(crate) file: PathBuf,
+    /// Bytes, with suffixes k M G T P E; the parent's size when absent
+    #[arg(value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    #[command(flatten)]
+    pub(crate) disk: DiskArg,
+    /// Show the images below as well
+    #[arg(long)]
+    pub(crate) backing_chain: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MapArgs {
+    #[command(flatten)]
+    pub(crate) disk: DiskArg,
+    /// First byte
+    #[arg(short = 's', long, value_parser = parse_size, value_name = "OFFSET")]
+    pub(crate) start_offset: Option<u64>,
+    /// Bytes
+    #[arg(short = 'l', long, value_parser = parse_size, value_name = "LENGTH")]
+    pub(crate) max_length: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Its format; by its extension when absent
+    #[arg(short = 'f', long = "format")]
+    pub(crate) format: Option<Format>,
+    /// What to mend: leaks or all
+    #[arg(short = 'r', long)]
+    pub(crate) repair: Option<RepairMode>,
+    /// Check though somebody writes to it
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// The source's format; by its extension when absent
+    #[arg(short = 'f', long = "format")]
+    pub(crate) format: Option<Format>,
+    /// The target's format
+    #[arg(short = 'O', long = "output-format", default_value = "raw")]
+    pub(crate) output_format: Format,
+    /// Options of the target's format, K=V,…
+    #[arg(short = 'o', long = "options", value_name = "K=V,…")]
+    pub(crate) options: Vec<String>,
+    /// Store clusters compressed
+    #[arg(short = 'c', long)]
+    pub(crate) compress: bool,
+    /// The target's backing file; what it holds already is not copied
+    #[arg(short = 'B', short_alias = 'b', long = "backing", value_name = "PARENT")]
+    pub(crate) backing: Option<String>,
+    /// The backing file's format
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
+    pub(crate) backing_format: Option<Format>,
+    /// An internal snapshot instead of the present state, by name or id
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+    /// The target is there already
+    #[arg(short = 'n', long)]
+    pub(crate) no_create: bool,
+    /// The target reads as zero everywhere
+    #[arg(long, requires = "no_create")]
+    pub(crate) target_is_zero: bool,
+    /// Bytes of zeroes in a row that become a hole; 0 copies all
+    #[arg(short = 'S', long, value_parser = parse_size, value_name = "SIZE")]
+    pub(crate) sparse_size: Option<u64>,
+    /// How the host's cache is used for the target: none, writeback or unsafe
+    #[arg(short = 't', long, value_name = "MODE")]
+    pub(crate) cache: Option<CacheMode>,
+    /// How the host's cache is used for the source
+    #[arg(short = 'T', long, value_name = "MODE")]
+    pub(crate) source_cache: Option<CacheMode>,
+    /// Read the source though somebody writes to it
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    /// Accepted for qemu-img's sake: progress is shown on a terminal anyway
+    #[arg(short = 'p', long, hide = true)]
+    pub(crate) progress: bool,
+    /// What to copy
+    pub(crate) source: PathBuf,
+    /// Where to; an image that stands there is replaced, unless it is in use
+    pub(crate) target: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The first image's format; by its extension when absent
+    #[arg(short = 'f', long = "first-format")]
+    pub(crate) first_format: Option<Format>,
+    /// The second image's format
+    #[arg(short = 'F', long = "second-format")]
+    pub(crate) second_format: Option<Format>,
+    /// Different sizes are a difference
+    #[arg(short = 's', long)]
+    pub(crate) strict: bool,
+    /// How the host's cache is used
+    #[arg(short = 'T', long, value_name = "MODE")]
+    pub(crate) cache: Option<CacheMode>,
+    /// Read though somebody writes
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    /// Accepted for qemu-img's sake: progress is shown on a terminal anyway
+    #[arg(short = 'p', long, hide = true)]
+    pub(crate) progress: bool,
+    /// One image
+    pub(crate) first: PathBuf,
+    /// The other
+    pub(crate) second: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResizeArgs {
+    /// A file, or the name of a disk of the daemon
+    pub(crate) disk: String,
+    /// The file's format; by its extension when absent
+    #[arg(short = 'f', long = "format")]
+    pub(crate) format: Option<Format>,
+    /// The disk may lose bytes at its end
+    #[arg(long)]
+    pub(crate) shrink: bool,
+    /// How much to set aside: off, metadata, falloc or full
+    #[arg(long, default_value = "off", value_name = "MODE", value_parser = parse_preallocation)]
+    pub(crate) preallocation: PreallocationMode,
+    /// Bytes, with suffixes k M G T P E; `+` or `-` before it is relative
+    #[arg(value_parser = parse_new_size, allow_hyphen_values = true)]
+    pub(crate) size: NewSize,
+}
+
+fn parse_preallocation(word: &str) -> Result<PreallocationMode, String> {
+    word.parse()
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MeasureArgs {
+    /// The source's format; by its extension when absent
+    #[arg(short = 'f', long = "format")]
+    pub(crate) format: Option<Format>,
+    /// The target's format
+    #[arg(short = 'O', long = "output-format", default_value = "raw")]
+    pub(crate) output_format: Format,
+    /// Options of the target's format, K=V,…
+    #[arg(short = 'o', long = "options", value_name = "K=V,…")]
+    pub(crate) options: Vec<String>,
+    /// Measure for an empty disk of this size
+    #[arg(long, value_parser = parse_size, conflicts_with = "file", required_unless_present = "file")]
+    pub(crate) size: Option<u64>,
+    /// An internal snapshot instead of the present state, by name or id
+    #[arg(short = 'l', long, value_name = "SNAPSHOT", requires = "file")]
+    pub(crate) snapshot: Option<String>,
+    /// Read though somebody writes
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    /// The image that would be converted
+    pub(crate) file: Option<PathBuf>,
+}
+
+/// How an export is reached.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ExportArgs {
+    /// Unix socket to listen on
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+    /// TCP address to listen on
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) listen: Option<String>,
+    /// Directory with server-cert.pem, server-key.pem and ca-cert.pem
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls: Option<PathBuf>,
+    /// Allow plain connections beside encrypted ones
+    #[arg(long, requires = "tls")]
+    pub(crate) tls_optional: bool,
+    /// Refuse plain connections (this is the default)
+    #[arg(long, requires = "tls", conflicts_with = "tls_optional")]
+    pub(crate) tls_required: bool,
+    /// Demand a client certificate that ca-cert.pem signed
+    #[arg(long, requires = "tls")]
+    pub(crate) tls_verify: bool,
+}
+
+/// How I/O threads are run.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ThreadArgs {
+    /// I/O threads; as many as there are processors when absent
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) threads: Option<u16>,
+    /// What I/O threads run on
+    #[arg(long, value_enum, default_value = "auto", value_name = "BACKEND")]
+    pub(crate) io_backend: BackendArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// io_uring where the kernel allows it
+    Auto,
+    /// io_uring
+    Uring,
+    /// A thread pool
+    Threads,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Its format; by its extension when absent
+    #[arg(short = 'f', long = "format")]
+    pub(crate) format: Option<Format>,
+    /// The export's name; the file's stem when absent
+    #[arg(long = "name", value_name = "EXPORT")]
+    pub(crate) export_name: Option<String>,
+    #[command(flatten)]
+    pub(crate) export: ExportArgs,
+    /// Refuse writes
+    #[arg(short = 'r', long)]
+    pub(crate) read_only: bool,
+    /// How the host's cache is used: none, writeback or unsafe
+    #[arg(long, default_value = "writeback", value_name = "MODE", value_parser = parse_cache)]
+    pub(crate) cache: CacheMode,
+    /// Serve an internal snapshot, by name or id; refuses writes
+    #[arg(long)]
+    pub(crate) snapshot: Option<String>,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+}
+
+fn parse_cache(word: &str) -> Result<CacheMode, String> {
+    word.parse()
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DaemonArgs {
+    /// Directory of the catalogue [default: $XDG_STATE_HOME/highwater, or /var/lib/highwater for root]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+    /// NBD socket of exports that name no address [default: nbd.sock beside the API socket]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) nbd_socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskVerb {
+    /// Open an image as a disk and export it
+    Add(DiskAddArgs),
+    /// Show all disks
+    List,
+    /// Show one disk
+    Show {
+        /// The disk's name
+        name: String,
+    },
+    /// Close a disk and forget it; its image is left
+    Remove {
+        /// The disk's name
+        name: String,
+    },
+    /// Open one more export
+    Export {
+        /// The disk's name
+        disk: String,
+        /// The export's name; the disk's name when absent
+        #[arg(long = "name", value_name = "EXPORT")]
+        export_name: Option<String>,
+        #[command(flatten)]
+        export: ExportArgs,
+        /// Refuse writes
+        #[arg(short = 'r', long)]
+        read_only: bool,
+    },
+    /// Close an export
+    Unexport {
+        /// The disk's name
+        disk: String,
+        /// The export's name; all when absent
+        export: Option<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiskAddArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// The disk's name; the file's stem when absent
+    #[arg(long = "name", value_name = "DISK")]
+    pub(crate) disk: Option<String>,
+    /// The export's name; the disk's name when absent
+    #[arg(long = "export-name", value_name = "EXPORT")]
+    pub(crate) export_name: Option<String>,
+    /// The image's format; by its extension when absent
+    #[arg(short = 'f', long = "format")]
+    pub(crate) format: Option<Format>,
+    #[command(flatten)]
+    pub(crate) export: ExportArgs,
+    /// Refuse writes
+    #[arg(short = 'r', long)]
+    pub(crate) read_only: bool,
+    /// How the host's cache is used: none, writeback or unsafe
+    #[arg(long, default_value = "writeback", value_name = "MODE", value_parser = parse_cache)]
+    pub(crate) cache: CacheMode,
+    /// Show an internal snapshot, by name or id
+    #[arg(long)]
+    pub(crate) snapshot: Option<String>,
+    /// Open no export
+    #[arg(long, conflicts_with_all = ["export_name", "socket", "listen", "tls"])]
+    pub(crate) no_export: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum JobVerb {
+    /// Show all jobs
+    List,
+    /// Show one job
+    Show {
+        /// The job's number
+        id: u64,
+    },
+    /// Start a job from a JSON description (see /openapi.json, JobKind); `-` reads standard input
+    Start {
+        /// File with the description
+        file: PathBuf,
+    },
+    /// Stop a job, or forget one that has ended
+    Cancel {
+        /// The job's number
+        id: u64,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// The disk's name
+    pub(crate) disk: String,
+    /// The export's name; the first one when absent
+    #[arg(long = "name", value_name = "EXPORT")]
+    pub(crate) export: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_fixed_names_parse() {
+        for line in [
+            "create -f qcow2 -o cluster_size=64k,lazy_refcounts=on -b base.raw -F raw a.qcow2 10G",
+            "--api /x/api.sock --json info disk1",
+            "info --json disk1 --api /x/api.sock",
+            "info --output=json a.raw",
+            "map -f qcow2 a",
+            "check --repair leaks a.qcow2",
+            "check -r all a.qcow2",
+            "measure -O qcow2 a.raw",
+            "measure -O qcow2 --size 1G",
+            "resize a.qcow2 +1G",
+            "resize --shrink a.qcow2 -1G",
+            "convert -c -f raw -O qcow2 a.raw b.qcow2",
+            "compare -f raw -F qcow2 a b",
+            "serve a.qcow2 -f qcow2 --name e --socket /s --listen h:1 --tls /t --read-only --cache none --api /a",
+            "daemon --state /s --api /a",
+            "disk add a.qcow2",
+            "disk list",
+            "disk show a",
+            "disk remove a",
+            "attach a",
+            "completions bash",
+        ] {
+            let words = std::iter::once("highwater").chain(line.split(' '));
+            Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! `highwater create`.
+
+use super::{Outcome, target};
+use crate::args::{CreateArgs, Global};
+use crate::exit;
+use crate::output;
+use crate::size::human;
+use anyhow::anyhow;
+use engine::images::request::{BackingSpec, CreateSpec};
+
+pub(crate) async fn run(global: &Global, args: CreateArgs) -> Outcome {
+    let backing = match (args.backing, args.backing_format) {
+        (None, None) => None,
+        (Some(file), Some(format)) => Some(BackingSpec { file, format }),
+        (Some(_), None) => return Err(anyhow!("-b needs the parent's format as well: give -F FORMAT").into()),
+        (None, Some(_)) => return Err(anyhow!("-F names a parent's format, but no parent is given: give -b").into()),
+    };
+    let spec = CreateSpec {
+        file: args.file,
+        format: args.format,
+        size: args.size,
+        options: target::options(&args.options)?,
+        backing,
+        unsafe_backing: args.unsafe_backing,
+    };
+    let info = target::workshop()?.create(spec).await?;
+    if global.wants_json() {
+        output::json(&info)?;
+    } else if !global.quiet {
+        output::line(&format!(
+            "{}: {} image of {} ({} bytes)",
+            info.filename,
+            info.format,
+            human(info.virtual_size),
+            info.virtual_size
+        ))?;
+    }
+    Ok(exit::OK)
+}

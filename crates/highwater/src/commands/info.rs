@@ -1,0 +1,99 @@
+//! `highwater info`.
+
+use super::Outcome;
+use super::target::{self, Target};
+use crate::args::{Global, InfoArgs};
+use crate::exit;
+use crate::output;
+use crate::size::human;
+use api::{FormatSpecific, ImageInfo};
+use engine::images::request::SourceSpec;
+use std::fmt::Write;
+
+pub(crate) async fn run(global: &Global, args: InfoArgs) -> Outcome {
+    let chain = match target::find(global, &args.disk.disk).await? {
+        Target::Disk(client, name) => vec![client.info(&name).await?],
+        Target::File(file) => {
+            let source = SourceSpec { force_share: args.disk.force_share, ..SourceSpec::of(file, args.disk.format) };
+            target::workshop()?.info(source, args.backing_chain).await?
+        }
+    };
+    if global.wants_json() {
+        if args.backing_chain {
+            output::json(&chain)?;
+        } else {
+            output::json(&chain[0])?;
+        }
+        return Ok(exit::OK);
+    }
+    let texts: Vec<String> = chain.iter().map(text).collect();
+    output::line(texts.join("\n").trim_end())?;
+    Ok(exit::OK)
+}
+
+fn text(info: &ImageInfo) -> String {
+    let mut text = String::new();
+    let mut say = |name: &str, value: String| {
+        let _ = writeln!(text, "{name}: {value}");
+    };
+    say("image", info.filename.clone());
+    say("file format", info.format.to_string());
+    say("virtual size", format!("{} ({} bytes)", human(info.virtual_size), info.virtual_size));
+    say("disk size", human(info.actual_size));
+    if let Some(size) = info.cluster_size {
+        say("cluster_size", size.to_string());
+    }
+    if info.dirty_flag {
+        say("cleanly shut down", "no".to_owned());
+    }
+    if info.encrypted {
+        say("encrypted", "yes".to_owned());
+    }
+    if let Some(name) = &info.backing_filename {
+        let full = info.full_backing_filename.as_ref().filter(|full| *full != name);
+        say("backing file", full.map_or_else(|| name.clone(), |full| format!("{name} (actual path: {full})")));
+    }
+    if let Some(format) = &info.backing_filename_format {
+        say("backing file format", format.clone());
+    }
+    if !info.snapshots.is_empty() {
+        say("snapshots", String::new());
+        for snapshot in &info.snapshots {
+            say(
+                "    id",
+                format!(
+                    "{}, name {:?}, made at {} s since 1970, machine state {}",
+                    snapshot.id,
+                    snapshot.name,
+                    snapshot.date_sec,
+                    human(snapshot.vm_state_size)
+                ),
+            );
+        }
+    }
+    if let Some(FormatSpecific::Qcow2(own)) = &info.format_specific {
+        say("format specific information", String::new());
+        say("    compat", own.compat.clone());
+        say("    compression type", own.compression_type.clone());
+        let mut flag = |name: &str, value: Option<bool>| {
+            if let Some(value) = value {
+                say(name, value.to_string());
+            }
+        };
+        flag("    lazy refcounts", own.lazy_refcounts);
+        flag("    corrupt", own.corrupt);
+        flag("    extended l2", own.extended_l2);
+        flag("    data file raw", own.data_file_raw);
+        say("    refcount bits", own.refcount_bits.to_string());
+        if let Some(file) = &own.data_file {
+            say("    data file", file.clone());
+        }
+        for bitmap in &own.bitmaps {
+            say(
+                "    bitmap",
+                format!("{:?}, granularity {}, flags {:?}", bitmap.name, bitmap.granularity, bitmap.flags),
+            );
+        }
+    }
+    text
+}

@@ -1,0 +1,57 @@
+//! One module per verb, or per family of verbs.
+
+mod attach;
+mod check;
+mod compare;
+mod convert;
+mod create;
+mod daemon;
+mod disks;
+mod info;
+mod jobs;
+mod map;
+mod measure;
+mod resize;
+mod serve;
+mod target;
+
+use crate::args::{Cli, Verb};
+use crate::exit::{self, Failure};
+use clap::CommandFactory;
+
+/// What a command ends with: an exit code, or an error to print.
+pub(crate) type Outcome = Result<u8, Failure>;
+
+pub(crate) fn run(cli: Cli) -> Outcome {
+    let Cli { global, verb } = cli;
+    if let Verb::Completions { shell } = verb {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "highwater", &mut script);
+        crate::output::line(String::from_utf8_lossy(&script).trim_end())?;
+        return Ok(exit::OK);
+    }
+    let serving = matches!(verb, Verb::Serve(_) | Verb::Daemon(_));
+    let runtime = if serving {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?
+    } else {
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?
+    };
+    runtime.block_on(async {
+        match verb {
+            Verb::Create(args) => create::run(&global, args).await,
+            Verb::Info(args) => info::run(&global, args).await,
+            Verb::Map(args) => map::run(&global, args).await,
+            Verb::Check(args) => check::run(&global, args).await,
+            Verb::Convert(args) => convert::run(&global, args).await,
+            Verb::Compare(args) => compare::run(&global, args).await,
+            Verb::Resize(args) => resize::run(&global, args).await,
+            Verb::Measure(args) => measure::run(&global, args).await,
+            Verb::Serve(args) => serve::run(&global, args).await,
+            Verb::Daemon(args) => daemon::run(&global, args).await,
+            Verb::Disk(verb) => disks::run(&global, verb).await,
+            Verb::Job(verb) => jobs::run(&global, verb).await,
+            Verb::Attach(args) => attach::run(&global, args).await,
+            Verb::Completions { .. } => Ok(exit::OK),
+        }
+    })
+}

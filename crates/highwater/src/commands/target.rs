@@ -1,0 +1,95 @@
+//! What a DISK argument means: a daemon's disk or a file; and the I/O threads for work on files.
+
+use crate::args::Global;
+use crate::exit::Failure;
+use anyhow::{Context, anyhow};
+use api::{Client, default_socket};
+use engine::images::Workshop;
+use engine::{Backend, validate_name};
+use std::path::{Path, PathBuf};
+
+/// Where to look for the disk.
+pub(crate) enum Target {
+    /// A disk of the daemon.
+    Disk(Client, String),
+    /// A file.
+    File(PathBuf),
+}
+
+/// A daemon's disk or a file: with `--api` the daemon is asked first and a file is the second choice;
+/// without, a file that exists comes first and the daemon on the default socket is the second choice.
+pub(crate) async fn find(global: &Global, argument: &str) -> Result<Target, Failure> {
+    let file = PathBuf::from(argument);
+    if validate_name(argument).is_err() {
+        return Ok(Target::File(file));
+    }
+    match &global.api {
+        Some(socket) => {
+            let client = Client::new(socket)?;
+            match client.disk(argument).await {
+                Ok(_) => Ok(Target::Disk(client, argument.to_owned())),
+                Err(e) if e.kind() == Some("not-found") && file.exists() => Ok(Target::File(file)),
+                Err(e) => Err(e.into()),
+            }
+        }
+        None if file.exists() => Ok(Target::File(file)),
+        None => {
+            let socket = default_socket();
+            if !socket.exists() {
+                return Err(anyhow!(
+                    "{argument}: no such file, and no daemon is at {} to know a disk of that name",
+                    socket.display()
+                )
+                .into());
+            }
+            let client = Client::new(&socket)?;
+            client.disk(argument).await.with_context(|| format!("{argument}: no such file"))?;
+            Ok(Target::Disk(client, argument.to_owned()))
+        }
+    }
+}
+
+/// The client of the daemon that `--api` names, or of the one on the default socket.
+pub(crate) fn client(global: &Global) -> Result<Client, Failure> {
+    Ok(Client::new(&global.api.clone().unwrap_or_else(default_socket))?)
+}
+
+/// A workshop for work on files, with a thread of its own.
+pub(crate) fn workshop() -> Result<Workshop, Failure> {
+    Ok(Workshop::start(Backend::Auto)?)
+}
+
+/// The path from the root; the file need not exist.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    Ok(std::path::absolute(path).with_context(|| format!("{}: not a path", path.display()))?)
+}
+
+/// Options from `-o K=V,…`; a comma in a value is written twice, as in qemu-img.
+pub(crate) fn options(arguments: &[String]) -> Result<engine::images::request::Options, Failure> {
+    let mut options = engine::images::request::Options::new();
+    for argument in arguments {
+        for pair in argument.replace(",,", "\0").split(',').filter(|pair| !pair.is_empty()) {
+            let pair = pair.replace('\0', ",");
+            let (name, value) = match pair.split_once('=') {
+                Some((name, value)) => (name, value),
+                None => (pair.as_str(), "on"),
+            };
+            options.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    Ok(options)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn option_lists() {
+        let given = ["cluster_size=64k,lazy_refcounts".to_owned(), "data_file=a,,b".to_owned()];
+        let options = options(&given).unwrap();
+        assert_eq!(options["cluster_size"], "64k");
+        assert_eq!(options["lazy_refcounts"], "on");
+        assert_eq!(options["data_file"], "a,b");
+    }
+}

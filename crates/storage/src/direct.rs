@@ -24,8 +24,14 @@ pub(crate) fn refused(operation: Operation) -> DiskError {
 }
 
 /// Multiples of this many bytes are what offset, length and memory of every transfer have to be.
+///
+/// Never less than the file system's block (up to 4 KiB): where holes and the file's end cut a block, the kernel zeroes
+/// its rest through the page cache, which a direct write into the same block at the same time collides with; the next
+/// sync then fails.
 pub(crate) fn alignment(file: &File, name: &str) -> Result<u32> {
-    let Ok(found) = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) else { return Ok(SAFE_ALIGNMENT) };
+    let Ok(found) = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN | StatxFlags::BASIC_STATS) else {
+        return Ok(SAFE_ALIGNMENT);
+    };
     if found.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
         return Ok(SAFE_ALIGNMENT); // Linux before 6.1, or a file system that does not tell.
     }
@@ -39,5 +45,9 @@ pub(crate) fn alignment(file: &File, name: &str) -> Result<u32> {
              use `--cache writeback`"
         )));
     }
-    Ok(needed.max(MIN_ALIGNMENT))
+    let block = match file.metadata() {
+        Ok(metadata) if metadata.is_file() => found.stx_blksize.min(MAX_ALIGNMENT),
+        _ => MIN_ALIGNMENT, // Devices have no holes.
+    };
+    Ok(needed.max(MIN_ALIGNMENT).max(if block.is_power_of_two() { block } else { MIN_ALIGNMENT }))
 }

@@ -12,6 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// Zero bytes are written in pieces of this size where the file system has no faster way.
 const ZERO_PIECE: usize = 1 << 20;
 
+/// Ranges that are multiples of this are whole sectors of every device.
+const WHOLE_SECTORS: u64 = 4096;
+
 /// A regular file or a block device.
 ///
 /// A cheap clone: all clones are one open file. Works on I/O threads (`dataplane`) only.
@@ -139,7 +142,8 @@ impl FileStorage {
         Ok(())
     }
 
-    /// A `fallocate` mode that some file systems do not have: whether it was done.
+    /// A `fallocate` mode that some file systems do not have: whether it was done. A device refuses ranges that are not
+    /// whole sectors of its own with the same error, which says nothing about others.
     async fn try_allocate(&self, missing: &AtomicBool, mode: i32, range: ByteRange) -> io::Result<bool> {
         if missing.load(Ordering::Relaxed) {
             return Ok(false);
@@ -147,7 +151,9 @@ impl FileStorage {
         match file::fallocate(&self.0.file, mode, range.offset(), range.len()).await {
             Ok(()) => Ok(true),
             Err(error) if is_unsupported(&error) => {
-                missing.store(true, Ordering::Relaxed);
+                if !self.0.block_device || range.is_aligned(WHOLE_SECTORS) {
+                    missing.store(true, Ordering::Relaxed);
+                }
                 Ok(false)
             }
             Err(error) => Err(error),

@@ -8,31 +8,40 @@ impl Chain {
     ///
     /// Two kinds of old bytes must not show where the disk grows: those of a parent that is longer than the
     /// top layer was, and those that an earlier shrink, or another program, left in the rest of a block that the
-    /// old size cuts. Zeroes are put over both before the first request is let in again.
+    /// old size cuts. Zeroes are put over both before the new size is durable.
+    ///
+    /// Crash: the old size, with zeroes out of reach behind it, or the new size with zeroes in what was added.
     pub(crate) async fn change_size(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         let _exclusive = self.requests.exclude().await;
         let top = self.top();
         let geometry = top.geometry();
         let old = geometry.size;
-        top.resize(size, preallocation).await?;
         let parent = self.layers.get(1).map_or(0, |l| l.handle.geometry().size);
-        let block = geometry.unit.max(geometry.encoded_unit.unwrap_or(1));
-        let rest_of_block = old.checked_next_multiple_of(block).unwrap_or(old);
+        let rest_of_block = old.checked_next_multiple_of(geometry.block).unwrap_or(old);
         let exposed = ByteRange::between(old, size.min(parent.max(rest_of_block)));
-        if exposed.is_empty() || self.reads_as_zero(exposed).await? {
-            return Ok(());
+        if exposed.is_empty() {
+            return top.resize(size, preallocation).await;
         }
-        let hidden = match self.zero_top(exposed, ZeroMode { unmap: true, fast_only: false }).await {
-            Ok(()) => top.flush().await,
+        let done = match self.hide(size, exposed).await {
+            Ok(()) => top.resize(size, preallocation).await,
             Err(error) => Err(error),
         };
-        if let Err(error) = hidden {
-            if let Err(again) = top.resize(old, Preallocation::Off).await {
-                tracing::error!(%again, "the old size could not be restored: old bytes show behind it");
-            }
-            return Err(error);
+        if done.is_err()
+            && let Err(error) = top.extend(old).await
+        {
+            tracing::error!(%error, "the disk shows a size that it does not have; close and open it again");
         }
-        Ok(())
+        done
+    }
+
+    /// Shows the new size, and puts zeroes over what must not be seen.
+    async fn hide(&self, size: u64, exposed: ByteRange) -> Result<()> {
+        self.top().extend(size).await?;
+        if self.reads_as_zero(exposed).await? {
+            return Ok(());
+        }
+        self.zero_top(exposed, ZeroMode { unmap: true, fast_only: false }).await?;
+        self.top().flush().await
     }
 
     /// Whether the layers say that the range is zero.

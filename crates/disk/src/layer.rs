@@ -13,9 +13,11 @@ use std::rc::Rc;
 pub struct LayerGeometry {
     /// Size of the guest's disk in bytes.
     pub size: u64,
-    /// Allocation unit in bytes (a power of two): zeroes and discards take whole units. 1 where there is
-    /// none.
+    /// Zeroes and discards take whole units of so many bytes (a power of two). 1 where there is none.
     pub unit: u64,
+    /// Space is set aside in blocks of so many bytes (a power of two, a multiple of `unit`). In the block that the
+    /// disk's end cuts old bytes may stand behind the end. 1 where there is none.
+    pub block: u64,
     /// Whether writes are refused.
     pub read_only: bool,
     /// Whether `Data` extents may be holes of the storage, so that its own extents tell more (raw files).
@@ -147,7 +149,12 @@ pub trait Layer: 'static {
     fn discard(&self, range: ByteRange, below: Below) -> impl Future<Output = Result<()>>;
     /// Makes everything durable that was complete before the call.
     fn flush(&self) -> impl Future<Output = Result<()>>;
-    /// Changes the size of the guest's disk. What is cut off is lost; what is added reads as zero.
+    /// Shows a larger size without making it durable, so that what must not be seen there can be covered first: old
+    /// bytes in the last block, and the bytes of a longer parent. After a crash the disk has its old size.
+    /// `resize` to the same size follows, or a second call that takes it back.
+    fn extend(&self, size: u64) -> impl Future<Output = Result<()>>;
+    /// Changes the size of the guest's disk. What is cut off is lost. What is added reads as zero, but for the rest of
+    /// the last block, and for what shows through from a parent.
     fn resize(&self, size: u64, preallocation: Preallocation) -> impl Future<Output = Result<()>>;
     /// Flushes, and leaves the image marked as cleanly closed. No request is under way or follows.
     fn close(&self) -> impl Future<Output = Result<()>>;
@@ -170,6 +177,7 @@ trait ErasedLayer {
     fn write_zeroes(&self, range: ByteRange, below: Below, mode: ZeroMode) -> LocalFuture<'_, Result<()>>;
     fn discard(&self, range: ByteRange, below: Below) -> LocalFuture<'_, Result<()>>;
     fn flush(&self) -> LocalFuture<'_, Result<()>>;
+    fn extend(&self, size: u64) -> LocalFuture<'_, Result<()>>;
     fn resize(&self, size: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<()>>;
     fn close(&self) -> LocalFuture<'_, Result<()>>;
 }
@@ -219,6 +227,9 @@ impl<T: Layer> ErasedLayer for T {
     }
     fn flush(&self) -> LocalFuture<'_, Result<()>> {
         Box::pin(Layer::flush(self))
+    }
+    fn extend(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        Box::pin(Layer::extend(self, size))
     }
     fn resize(&self, size: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<()>> {
         Box::pin(Layer::resize(self, size, preallocation))
@@ -339,6 +350,14 @@ impl LayerHandle {
             return Ok(());
         }
         self.0.flush().await
+    }
+
+    /// Shows a larger size without making it durable, or takes that back.
+    pub async fn extend(&self, size: u64) -> Result<()> {
+        if self.geometry().read_only {
+            return Err(DiskError::new(ErrorKind::ReadOnly, Operation::Resize));
+        }
+        self.0.extend(size).await
     }
 
     /// Changes the size of the guest's disk.

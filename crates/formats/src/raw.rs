@@ -66,6 +66,7 @@ impl Layer for RawLayer {
         LayerGeometry {
             size: self.size.get(),
             unit: 1,
+            block: 1,
             read_only: self.read_only,
             storage_holes: true,
             zero_over_parent: true,
@@ -135,6 +136,12 @@ impl Layer for RawLayer {
     async fn flush(&self) -> Result<()> {
         self.alive(Operation::Flush)?;
         self.storage.sync().await.inspect_err(|_| self.poisoned.set(true))
+    }
+
+    async fn extend(&self, size: u64) -> Result<()> {
+        // Nothing can be put behind the end of a file without making it longer, and nothing old is there: a raw image
+        // has no parent, and `resize` removes what another program left.
+        Layer::resize(self, size, Preallocation::Off).await
     }
 
     async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {

@@ -2,10 +2,13 @@
 
 mod support;
 
-use disk::{Buf, ByteRange, Operation, Result, Storage, StorageExtent, StorageHandle, StorageLimits, ZeroMode};
+use disk::{
+    Below, Buf, ByteRange, LayerHandle, Operation, Result, Storage, StorageExtent, StorageHandle, StorageLimits,
+    ZeroMode,
+};
 use disk::{DiskError, ErrorKind};
 use formats::qcow2::check::{RepairMode, check, repair};
-use formats::qcow2::{CreateOptions, Header, create};
+use formats::qcow2::{CreateOptions, Header, Image, OpenOptions, create};
 use support::{Place, qemu_img_json, qemu_img_ok, qemu_io, run};
 use testkit::MemoryStorage;
 
@@ -116,4 +119,48 @@ fn refcounts_are_rebuilt_inside() {
     let (json, code) = qemu_img_json(place.dir(), &["check", "--output=json", "x.qcow2"]);
     assert_eq!(code, 0, "{json}");
     qemu_io(place.dir(), "x.qcow2", &["read -P 5 1M 2M", "read -P 0 3M 5M"]);
+}
+
+/// Writes whole clusters through the engine, as a chain does.
+fn write_cluster(layer: &LayerHandle, cluster: u64, byte: u8) -> Result<()> {
+    let range = ByteRange::new(cluster << 16, 1 << 16);
+    let prepared = run(layer.prepare_write(range, Below::Zeroes))?;
+    let plan = *prepared.plan();
+    assert_eq!(plan.range, range, "a cluster is one piece");
+    run(layer.storage(plan.storage).write(plan.offset, Buf::copy_of(&[byte; 1 << 16])))?;
+    run(prepared.commit())
+}
+
+#[test]
+fn a_guest_writes_until_the_device_is_full_and_goes_on_in_what_it_gave_back() {
+    let (memory, device) = Device::of_old_bytes(4 << 20);
+    run(create(&device, None, &CreateOptions::new(16 << 20))).expect("created");
+    let open = || LayerHandle::from_rc(run(Image::open(device.clone(), None, OpenOptions::default())).expect("opens"));
+    let mut layer = open();
+    let mut written = 0;
+    let error = loop {
+        match write_cluster(&layer, written, 1) {
+            Ok(()) => written += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error:?}");
+    assert!(written >= 58, "64 clusters less the tables are the guest's, {written} were");
+    run(layer.flush()).expect("flush");
+    run(layer.discard(ByteRange::new(0, 8 << 16), Below::Zeroes)).expect("discard");
+    run(layer.close()).expect("close");
+    for life in 0..2 {
+        layer = open();
+        for cluster in 100 + 4 * life..104 + 4 * life {
+            write_cluster(&layer, cluster, 2).expect("freed space is used again");
+        }
+        run(layer.close()).expect("close");
+    }
+    let report = run(check(&device, None, &mut |_, _| {})).expect("check");
+    assert!(report.is_clean(), "{report:?}");
+    let place = Place::new();
+    memory.write_to(&place.path("x.qcow2")).expect("file");
+    qemu_img_ok(place.dir(), &["check", "x.qcow2"]);
+    let (kept, end) = (format!("read -P 1 512k {}k", (written - 8) * 64), format!("read -P 2 {}k 512k", 100 * 64));
+    qemu_io(place.dir(), "x.qcow2", &["read -P 0 0 512k", &kept, &end]);
 }

@@ -247,6 +247,7 @@ impl Layer for MemoryLayer {
         LayerGeometry {
             size: self.state.borrow().size,
             unit: self.options.unit,
+            block: self.options.unit,
             read_only: self.options.read_only,
             storage_holes: false,
             zero_over_parent: self.options.zero_over_parent,
@@ -462,6 +463,13 @@ impl Layer for MemoryLayer {
     async fn flush(&self) -> Result<()> {
         self.alive(Operation::Flush)?;
         self.storage.sync().await.inspect_err(|_| self.poisoned.set(true))
+    }
+
+    async fn extend(&self, size: u64) -> Result<()> {
+        self.turns().await;
+        self.alive(Operation::Resize)?;
+        self.state.borrow_mut().size = size;
+        Ok(())
     }
 
     async fn resize(&self, size: u64, _preallocation: Preallocation) -> Result<()> {

@@ -1,9 +1,11 @@
 //! Which clusters of the image file are free, and who gets them.
 //!
-//! New clusters come, in this order, from space that was freed and is known to read as zero, from space
-//! that was freed (after a hole was punched where the storage can), and from the end of the file. Space
-//! that reads as zero matters: a small write into it needs no filling of the rest of its cluster, and no
-//! wait before it is linked (see `write.rs`).
+//! New clusters come, in this order, from space that was freed (after a hole was punched where the storage
+//! can), and from the end of the file. Space that reads as zero matters: a small write into it needs no filling of
+//! the rest of its cluster, and no wait before it is linked (see `write.rs`).
+//!
+//! Space may run out at any step. What was taken for a table that could not be made is *given up*: it keeps its
+//! count in memory and is freed at the close, so that nothing else changes.
 //!
 //! The life of a cluster that is freed:
 //! 1. *unlinked*: no table in memory refers to it any more; tables on the storage may (`flush.rs` keeps
@@ -79,12 +81,21 @@ pub(super) struct Allocator {
     /// The file is long enough for clusters below this number. It is made longer ahead of need: checkers object to
     /// references beyond its end, and a write that need not make the file longer is cheaper.
     covered: Cell<u64>,
+    /// Tables that were read lead to clusters below this number. Beyond `covered` in an image whose file is shorter
+    /// than what it maps (after a loss of power, or cut by a copy): such clusters read as zero, and the file must
+    /// reach over them before they are written, so that it is never made shorter behind a guest's bytes.
+    mapped_end: Cell<u64>,
+    /// A table leads to where no count can be, so every write is checked.
+    mapped_astray: Cell<bool>,
     /// Clusters below this number may have been freed by an earlier opener, and from `scanned` on nobody has looked.
     scan_end: u64,
     scanned: Cell<u64>,
     /// Time for another portion of the scan: one per refcount page of new space.
     scan_due: Cell<bool>,
-    zeroed: RefCell<FreeRuns>,
+    /// Free, and made ready to be given out.
+    ready: RefCell<FreeRuns>,
+    /// What is in `ready` reads as zero: the storage can make holes.
+    ready_is_zeroed: Cell<bool>,
     stale: RefCell<FreeRuns>,
     /// Stamped with the epoch that must be over.
     limbo: RefCell<VecDeque<(u64, u64)>>,
@@ -95,27 +106,81 @@ pub(super) struct Allocator {
     pub(super) metadata: RefCell<HashSet<u64>>,
     /// Taken for everything that waits for the storage.
     slow: async_lock::Mutex<()>,
+    /// The refcount table is being moved; if that fails, what it adds is forgotten, so nobody else may take clusters.
+    growing: Cell<bool>,
+    /// The image's: nobody knows what is on the storage.
+    poisoned: Rc<Cell<bool>>,
 }
 
 impl Allocator {
-    pub(super) fn new(refcounts: Refcounts, storage: StorageHandle, cluster_bits: u32, metadata: HashSet<u64>) -> Self {
-        let end = storage.size().div_ceil(1 << cluster_bits);
-        Self {
+    /// `metadata` are the clusters of all tables; `poisoned` is set when the image must not be written any more.
+    pub(super) async fn open(
+        refcounts: Refcounts,
+        storage: StorageHandle,
+        cluster_bits: u32,
+        metadata: HashSet<u64>,
+        poisoned: Rc<Cell<bool>>,
+    ) -> Result<Self> {
+        let grows = storage.limits().grows_zeroed;
+        let (end, covered) = if grows {
+            let end = storage.size().div_ceil(1 << cluster_bits);
+            (end, end)
+        } else {
+            // A device is longer than what is in use of it: only the counts tell how far that goes.
+            let counted = refcounts.last_counted().await?.into_iter();
+            let end = counted.chain(metadata.iter().copied()).max().map_or(0, |last| last + 1);
+            (end, storage.size() >> cluster_bits)
+        };
+        Ok(Self {
             refcounts,
             storage,
             cluster_bits,
             end: Cell::new(end),
-            covered: Cell::new(end),
+            covered: Cell::new(covered),
+            mapped_end: Cell::new(0),
+            mapped_astray: Cell::new(false),
             scan_end: end,
             scanned: Cell::new(0),
             scan_due: Cell::new(true),
-            zeroed: RefCell::default(),
+            ready: RefCell::default(),
+            ready_is_zeroed: Cell::new(grows),
             stale: RefCell::default(),
             limbo: RefCell::default(),
             given_up: RefCell::default(),
             metadata: RefCell::new(metadata),
             slow: async_lock::Mutex::new(()),
+            growing: Cell::new(false),
+            poisoned,
+        })
+    }
+
+    /// Whether a cluster can have a count, as long as the refcount table does not grow.
+    pub(super) fn reaches(&self, cluster: u64) -> bool {
+        cluster < self.refcounts.first_of_block(self.refcounts.table_len() as u64)
+    }
+
+    /// A table that was read leads to clusters below this number.
+    pub(super) fn note_mapped(&self, end: u64) {
+        if self.reaches(end - 1) {
+            self.mapped_end.set(self.mapped_end.get().max(end));
+        } else {
+            self.mapped_astray.set(true);
         }
+    }
+
+    /// Whether the file is long enough for everything that tables are known to lead to.
+    #[inline]
+    pub(super) fn covers_mapped(&self) -> bool {
+        self.mapped_end.get() <= self.covered.get() && !self.mapped_astray.get()
+    }
+
+    /// Makes the file long enough for everything that tables are known to lead to.
+    pub(super) async fn cover_mapped(&self) -> Result<()> {
+        if self.mapped_end.get() <= self.covered.get() {
+            return Ok(());
+        }
+        let _slow = self.slow.lock().await;
+        self.cover(self.mapped_end.get()).await
     }
 
     /// One past the last byte that is in use, or may be.
@@ -134,17 +199,8 @@ impl Allocator {
                 return Ok(run);
             }
             self.drain_limbo(epochs).await?;
-            if self.zeroed.borrow().0.is_empty() && self.stale.borrow().0.is_empty() {
-                self.scan().await?;
-            }
-            let stale = self.stale.borrow_mut().take(PUNCH_CLUSTERS);
-            if let Some((first, count)) = stale {
-                let page = self.refcounts.page(first).await?;
-                debug_assert!(page.is_some(), "what was freed has been counted");
-                self.punch(first, count).await?;
-                continue;
-            }
-            if let Some(first) = self.first_zeroed() {
+            self.make_ready().await?;
+            if let Some(first) = self.first_ready() {
                 self.refcounts.page(first).await?;
                 continue;
             }
@@ -153,36 +209,53 @@ impl Allocator {
         }
     }
 
-    fn first_zeroed(&self) -> Option<u64> {
-        self.zeroed.borrow().0.first_key_value().map(|(first, _)| *first)
+    /// Makes some freed space ready, if there is none and some can be found. Callers hold `slow`.
+    async fn make_ready(&self) -> Result<()> {
+        if self.ready.borrow().0.is_empty() && self.stale.borrow().0.is_empty() {
+            self.scan().await?;
+        }
+        let stale = self.stale.borrow_mut().take(PUNCH_CLUSTERS);
+        if let Some((first, count)) = stale {
+            self.punch(first, count).await;
+        }
+        Ok(())
+    }
+
+    fn first_ready(&self) -> Option<u64> {
+        self.ready.borrow().0.first_key_value().map(|(first, _)| *first)
     }
 
     /// As [`Allocator::allocate`], when memory alone can tell.
     pub(super) fn allocate_cached(&self, max: u64) -> Result<Option<Run>> {
-        if let Some(first) = self.first_zeroed() {
+        if self.growing.get() {
+            return Ok(None);
+        }
+        if let Some(first) = self.first_ready() {
             let Some(page) = self.refcounts.cached(first) else { return Ok(None) };
             let in_page = self.left_in_page(first);
-            let (first, count) = self.zeroed.borrow_mut().take(max.min(in_page)).expect("the first was just seen");
+            let (first, count) = self.ready.borrow_mut().take(max.min(in_page)).expect("the first was just seen");
             self.claim(&page, first, count)?;
-            return Ok(Some(Run { first, count, zeroed: self.storage.limits().grows_zeroed }));
+            return Ok(Some(Run { first, count, zeroed: self.ready_is_zeroed.get() }));
         }
         if !self.stale.borrow().0.is_empty() || self.scan_is_due() {
             return Ok(None);
         }
-        let first = self.end.get();
-        let Some(page) = self.refcounts.cached(first) else { return Ok(None) };
-        let limit = max.min(self.left_in_page(first)).min(self.covered.get().saturating_sub(first));
-        if limit == 0 {
-            return Ok(None);
-        }
-        let mut count = 0;
+        let (page, first, limit) = loop {
+            let first = self.end.get();
+            let Some(page) = self.refcounts.cached(first) else { return Ok(None) };
+            let limit = self.left_in_page(first).min(self.covered.get().saturating_sub(first));
+            if limit == 0 {
+                return Ok(None);
+            }
+            // Counted beyond the end of the file (space that another program had set aside): pass over it.
+            match (first..first + limit).find(|cluster| self.refcounts.get(&page, *cluster) == 0) {
+                Some(free) => break (page, free, max.min(first + limit - free)),
+                None => self.end.set(first + limit),
+            }
+        };
+        let mut count = 1;
         while count < limit && self.refcounts.get(&page, first + count) == 0 {
             count += 1;
-        }
-        if count == 0 {
-            // Counted beyond the end of the file (space that another program had set aside): pass over it.
-            self.end.set(first + 1);
-            return self.allocate_cached(max);
         }
         self.end.set(first + count);
         if self.left_in_page(first) == count {
@@ -193,7 +266,11 @@ impl Allocator {
     }
 
     fn scan_is_due(&self) -> bool {
-        self.scan_due.get() && self.scanned.get() < self.scan_end
+        self.scan_due.get() && self.scan_is_unfinished()
+    }
+
+    fn scan_is_unfinished(&self) -> bool {
+        self.scanned.get() < self.scan_end
     }
 
     fn left_in_page(&self, cluster: u64) -> u64 {
@@ -219,23 +296,28 @@ impl Allocator {
     }
 
     async fn allocate_table_locked(&self, count: u64) -> Result<u64> {
-        // One cluster may come from what was freed, as long as it reads as zero.
-        if count == 1
-            && self.storage.limits().grows_zeroed
-            && let Some(first) = self.first_zeroed()
-        {
-            let page = self.refcounts.page(first).await?.ok_or(Fault::RefcountMissing { cluster: first })?;
-            // Nobody else takes clusters but under `slow`, or by `allocate_cached`, which may have been faster.
-            let taken = self.zeroed.borrow_mut().take(1);
-            if let Some((first, _)) = taken {
-                let page = if page_holds(&self.refcounts, first, &page) {
-                    page
-                } else {
-                    self.refcounts.page(first).await?.ok_or(Fault::RefcountMissing { cluster: first })?
-                };
-                self.claim(&page, first, 1)?;
-                self.metadata.borrow_mut().insert(first);
-                return Ok(first);
+        // One cluster may come from what was freed; on a device that has been used to its end it must.
+        if count == 1 {
+            if !self.storage.limits().grows_zeroed && self.end.get() >= self.covered.get() {
+                while self.first_ready().is_none() && (self.scan_is_unfinished() || !self.stale.borrow().0.is_empty()) {
+                    self.make_ready().await?;
+                }
+            }
+            if let Some(first) = self.first_ready() {
+                let page = self.refcounts.page(first).await?.ok_or(Fault::RefcountMissing { cluster: first })?;
+                // Nobody else takes clusters but under `slow`, or by `allocate_cached`, which may have been faster.
+                let taken = self.ready.borrow_mut().take(1);
+                if let Some((first, _)) = taken {
+                    let page = if page_holds(&self.refcounts, first, &page) {
+                        page
+                    } else {
+                        self.refcounts.page(first).await?.ok_or(Fault::RefcountMissing { cluster: first })?
+                    };
+                    self.claim(&page, first, 1)?;
+                    self.metadata.borrow_mut().insert(first);
+                    let zeroed = self.zero_table(first, 1, self.ready_is_zeroed.get()).await;
+                    return self.given_up_on_error(first, 1, zeroed);
+                }
             }
         }
         loop {
@@ -264,15 +346,39 @@ impl Allocator {
                 self.claim(page.expect("loaded above"), cluster, 1)?;
                 self.metadata.borrow_mut().insert(cluster);
             }
-            self.cover(first + count).await?;
-            self.zero_table(first, count).await?;
-            return Ok(first);
+            let settled = self.settle_table(first, count).await;
+            return self.given_up_on_error(first, count, settled);
         }
     }
 
-    /// Has a new table's clusters read as zero.
-    async fn zero_table(&self, first: u64, count: u64) -> Result<()> {
-        if self.storage.limits().grows_zeroed {
+    /// Has the file reach over a new table's clusters at its end, and these read as zero.
+    async fn settle_table(&self, first: u64, count: u64) -> Result<()> {
+        self.cover(first + count).await?;
+        self.zero_table(first, count, self.storage.limits().grows_zeroed).await
+    }
+
+    /// Passes a new table's place on, or gives it up.
+    fn given_up_on_error(&self, first: u64, count: u64, result: Result<()>) -> Result<u64> {
+        match result {
+            Ok(()) => Ok(first),
+            Err(error) => {
+                self.give_up_table(first, count);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a table's clusters back to which nothing leads; their counts fall at the close.
+    pub(super) fn give_up_table(&self, first: u64, count: u64) {
+        for cluster in first..first + count {
+            self.metadata.borrow_mut().remove(&cluster);
+            self.given_up.borrow_mut().push(cluster);
+        }
+    }
+
+    /// Has a new table's clusters read as zero, unless they do already.
+    async fn zero_table(&self, first: u64, count: u64, is_zero: bool) -> Result<()> {
+        if is_zero {
             return Ok(());
         }
         self.storage
@@ -283,31 +389,41 @@ impl Allocator {
 
     /// Makes the file long enough for clusters below `end`, and for some more. Callers hold `slow`.
     ///
-    /// Nothing is ever written beyond the end of the file but in its last, incomplete cluster, so this cannot cut
-    /// off what a write is adding at the same time.
+    /// Nothing is ever written beyond the end of the file but in its last, incomplete cluster (`mapped_end` sees to
+    /// that), so this cannot cut off what a write is adding at the same time. A device does for as long as there is one
+    /// cluster left.
     async fn cover(&self, end: u64) -> Result<()> {
         if end <= self.covered.get() {
             return Ok(());
         }
-        let ahead = (self.end_offset() / 8).clamp(GROW_MIN, GROW_MAX);
-        let wanted = ((end << self.cluster_bits) + ahead).next_multiple_of(1 << self.cluster_bits);
         if !self.storage.limits().grows_zeroed {
-            return Err(DiskError::new(ErrorKind::NoSpace, Operation::Write)
-                .on(self.storage.name())
-                .because("the device is full: all its clusters are in use"));
+            if self.end.get() < self.covered.get() && self.mapped_end.get() <= self.covered.get() {
+                return Ok(());
+            }
+            return Err(DiskError::new(ErrorKind::NoSpace, Operation::Write).on(self.storage.name()).because(format!(
+                "the device of {} bytes has no free cluster left; make it larger, or move the image",
+                self.storage.size()
+            )));
         }
-        self.storage.set_size(wanted).await?;
+        let ahead = (self.end_offset() / 8).clamp(GROW_MIN, GROW_MAX);
+        let whole = (1 << self.cluster_bits).max(u64::from(self.storage.limits().alignment));
+        let end = end.max(self.mapped_end.get());
+        let wanted = ((end << self.cluster_bits) + ahead).next_multiple_of(whole).max(self.storage.size());
+        if wanted > self.storage.size() {
+            self.storage.set_size(wanted).await?;
+        }
         self.covered.set(wanted >> self.cluster_bits);
         Ok(())
     }
 
     /// Cuts off what the file was made longer than it needs to be. No request is under way.
     pub(super) async fn trim_file(&self) -> Result<()> {
-        let needed = self.end_offset();
-        if self.covered.get() << self.cluster_bits > needed && self.storage.size() > needed {
+        let end = self.end.get().max(self.mapped_end.get());
+        let needed = end << self.cluster_bits;
+        if self.storage.limits().grows_zeroed && self.covered.get() > end && self.storage.size() > needed {
             let _slow = self.slow.lock().await;
             self.storage.set_size(needed).await?;
-            self.covered.set(self.end.get());
+            self.covered.set(end);
         }
         Ok(())
     }
@@ -360,13 +476,17 @@ impl Allocator {
                 self.end.set(cluster + 1);
             }
             self.metadata.borrow_mut().insert(cluster);
-            self.cover(cluster + 1).await?;
-            self.zero_table(cluster, 1).await?;
-            self.refcounts.add_block(block, cluster << self.cluster_bits);
-            if counts_itself {
-                let page = self.refcounts.page(cluster).await?.expect("the block was just made");
-                self.refcounts.set(&page, cluster, 1);
+            if let Err(error) = self.settle_table(cluster, 1).await {
+                if counts_itself {
+                    // Nothing counts it, so nobody else has moved the end meanwhile.
+                    self.metadata.borrow_mut().remove(&cluster);
+                    self.end.set(cluster);
+                } else {
+                    self.give_up_table(cluster, 1);
+                }
+                return Err(error);
             }
+            self.refcounts.add_block(block, cluster << self.cluster_bits);
             return Ok(());
         }
     }
@@ -376,6 +496,9 @@ impl Allocator {
     /// Crash: the new table and all it leads to are synced before the header's 12 bytes (one sector)
     /// switch to it; before the switch the old table is whole, apart from blocks for clusters that
     /// nothing on the storage refers to yet.
+    ///
+    /// When space runs out before the switch, the table in memory becomes what it was: an entry behind its old
+    /// end would be written over whatever stands there.
     async fn grow_table(&self, entries: usize) -> Result<()> {
         let per_cluster = 1usize << (self.cluster_bits - 3);
         let wanted = entries.max(self.refcounts.table_len() * 3 / 2 + 1).div_ceil(per_cluster) * per_cluster;
@@ -386,26 +509,68 @@ impl Allocator {
             )));
         }
         let old = (self.refcounts.table_offset(), self.refcounts.table_len() / per_cluster);
+        let (old_len, old_end) = (self.refcounts.table_len(), self.end.get());
+        self.growing.set(true);
         self.refcounts.grow_table(wanted);
         let clusters = (wanted / per_cluster) as u64;
-        let first = self.allocate_table_locked(clusters).await?;
-        let offset = first << self.cluster_bits;
-        self.refcounts.write_pages().await?;
-        self.storage.write(offset, self.refcounts.encode_table()).await?;
-        self.storage.sync().await?;
-        // Header bytes 48–59: refcount_table_offset, refcount_table_clusters.
-        let mut fields = Vec::with_capacity(12);
-        fields.extend_from_slice(&offset.to_be_bytes());
-        fields.extend_from_slice(&(clusters as u32).to_be_bytes());
-        self.storage.write(48, Buf::copy_of(&fields)).await?;
-        self.storage.sync().await?;
-        self.refcounts.moved_table(offset);
+        let mut taken = None;
+        let switched = self.switch_table(clusters, &mut taken).await;
+        if let Err(error) = switched {
+            match error.kind() {
+                ErrorKind::NoSpace => self.undo_growth(old_len, old_end, taken.map(|first| (first, clusters))),
+                _ => self.poisoned.set(true),
+            }
+            self.growing.set(false);
+            return Err(error);
+        }
+        self.growing.set(false);
         let old_first = old.0 >> self.cluster_bits;
         for cluster in old_first..old_first + old.1 as u64 {
             self.metadata.borrow_mut().remove(&cluster);
             self.release(cluster).await?;
         }
         Ok(())
+    }
+
+    /// Writes the table in memory to a new place, which goes into `taken`, and has the header lead there.
+    async fn switch_table(&self, clusters: u64, taken: &mut Option<u64>) -> Result<()> {
+        let first = self.allocate_table_locked(clusters).await?;
+        *taken = Some(first);
+        let offset = first << self.cluster_bits;
+        self.refcounts.write_pages().await?;
+        self.storage.write(offset, self.refcounts.encode_table()).await?;
+        self.sync().await?;
+        // Header bytes 48–59: refcount_table_offset, refcount_table_clusters.
+        let mut fields = Vec::with_capacity(12);
+        fields.extend_from_slice(&offset.to_be_bytes());
+        fields.extend_from_slice(&(clusters as u32).to_be_bytes());
+        self.storage.write(48, Buf::copy_of(&fields)).await?;
+        self.refcounts.moved_table(offset);
+        self.sync().await
+    }
+
+    /// Makes everything durable that was written. A sync that failed is never repeated.
+    pub(super) async fn sync(&self) -> Result<()> {
+        self.storage.sync().await.inspect_err(|_| self.poisoned.set(true))
+    }
+
+    /// Forgets what a growth of the refcount table added that could not be finished: blocks behind the old table's
+    /// reach, and the place of the new table. Nobody else took clusters meanwhile (`growing`).
+    fn undo_growth(&self, old_len: usize, old_end: u64, taken: Option<(u64, u64)>) {
+        self.refcounts.shrink_table(old_len);
+        if let Some((first, count)) = taken {
+            self.give_up_table(first, count);
+        }
+        let reach = self.refcounts.first_of_block(old_len as u64);
+        for cluster in old_end..self.end.get() {
+            let lost = !self.refcounts.is_block(cluster) && self.metadata.borrow_mut().remove(&cluster);
+            if lost {
+                self.given_up.borrow_mut().push(cluster);
+            }
+        }
+        // What the old table does not reach has lost its count already.
+        self.given_up.borrow_mut().retain(|cluster| *cluster < reach);
+        self.end.set(self.end.get().min(reach).max(old_end));
     }
 
     /// Held while the refcount table is written or moved.
@@ -452,6 +617,10 @@ impl Allocator {
             return Err(Fault::MetadataUncounted { cluster }.into());
         }
         let left = self.refcounts.decrement(cluster).await?;
+        if cluster >= self.end.get() {
+            // Beyond the file's end, counted by another program: found when the end comes there.
+            return Ok(());
+        }
         // What lies in the part that nobody has looked through yet is found there.
         let to_be_scanned = cluster >= self.scanned.get() && cluster < self.scan_end;
         if left == 0 && !to_be_scanned {
@@ -464,23 +633,27 @@ impl Allocator {
     ///
     /// Crash: a hole that is lost shows old bytes in space that no durable table refers to; a flush syncs the
     /// hole before any table that refers to it.
-    pub(super) async fn punch_stale(&self) -> Result<()> {
+    pub(super) async fn punch_stale(&self) {
         loop {
             let next = self.stale.borrow_mut().take(u64::MAX);
-            let Some((first, count)) = next else { return Ok(()) };
-            self.punch(first, count).await?;
+            let Some((first, count)) = next else { return };
+            self.punch(first, count).await;
         }
     }
 
-    async fn punch(&self, first: u64, count: u64) -> Result<()> {
+    /// Makes freed space ready. Where no hole can be made the space is good all the same: it is filled by whoever
+    /// gets it.
+    async fn punch(&self, first: u64, count: u64) {
         let range = ByteRange::new(first << self.cluster_bits, count << self.cluster_bits);
-        if self.storage.limits().grows_zeroed {
+        if self.ready_is_zeroed.get() {
             // Not `discard`, which leaves what is less than the storage's own block.
-            self.storage.write_zeroes(range, ZeroMode { unmap: true, fast_only: false }).await?;
+            let mode = ZeroMode { unmap: true, fast_only: true };
+            if let Err(error) = self.storage.write_zeroes(range, mode).await {
+                tracing::info!(image = self.storage.name(), %error, "freed space is kept: no hole can be made");
+                self.ready_is_zeroed.set(false);
+            }
         }
-        // On other storage the space is `zeroed` in name only: `Run::zeroed` says so.
-        self.zeroed.borrow_mut().add(first, count);
-        Ok(())
+        self.ready.borrow_mut().add(first, count);
     }
 
     /// Looks through some pages of reference counts for clusters that an earlier opener freed.

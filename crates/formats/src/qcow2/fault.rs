@@ -38,6 +38,20 @@ pub enum Fault {
         /// Where it is mapped.
         offset: u64,
     },
+    /// An L2 entry leads to where no reference count can be.
+    #[error("guest offset {guest:#x} is mapped to {offset:#x}, beyond what the refcount table can count")]
+    DataBeyondCounts {
+        /// The guest's offset.
+        guest: u64,
+        /// Where it is mapped.
+        offset: u64,
+    },
+    /// A version 2 image has an entry with the zero flag, which came with version 3.
+    #[error("guest offset {guest:#x} has the zero flag, which images of version 2 do not have")]
+    ZeroInVersion2 {
+        /// The guest's offset.
+        guest: u64,
+    },
     /// A subcluster is said to be data and zero at once, or data without a cluster.
     #[error("the subclusters of guest offset {guest:#x} contradict each other")]
     Subclusters {

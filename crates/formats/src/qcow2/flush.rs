@@ -20,11 +20,19 @@
 //! image after a crash counts anew.
 //!
 //! When no table has changed, a flush is one sync. Concurrent flushes share one run.
+//!
+//! When space runs out, what could not be written goes back on the lists and the flush fails with `NoSpace`; the next
+//! one begins anew at step 1. Any part of step 3 that was written is as after a crash there: what it refers to was
+//! synced, and nothing that it unlinked is given to anybody. Every other failure stops the image.
 
+use super::allocator::Allocator;
 use super::image::Image;
-use disk::{Buf, Result, StorageHandle};
+use super::slices::Slice;
+use disk::{Buf, ErrorKind, Result, StorageHandle};
 use futures_util::future::join_all;
 use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
 
 /// Largest write that neighbouring pieces are joined to.
 const JOIN_MAX: usize = 1 << 20;
@@ -71,6 +79,14 @@ pub(super) async fn write_all(storage: &StorageHandle, mut pieces: Vec<(u64, Buf
     join_all(writes).await.into_iter().try_for_each(|written| written.map(drop))
 }
 
+/// What a flush has taken upon itself to write.
+struct Changes {
+    /// Held to the end: a slice that was dropped meanwhile would be read again before it is written.
+    slices: Vec<Rc<Slice>>,
+    l1_sectors: BTreeSet<usize>,
+    unlinked: Vec<u64>,
+}
+
 impl Image {
     /// Makes everything durable that was complete before the call, and all tables clean. One run that starts after
     /// this call, shared with everybody else who waits.
@@ -85,16 +101,36 @@ impl Image {
         let run = self.flushes.started.get() + 1;
         self.flushes.started.set(run);
         let done = self.run().await;
+        let done = self.mark_if_corrupt(done).await;
         self.poison_on_error(done)?;
         self.flushes.completed.set(run);
         Ok(())
     }
 
     async fn run(&self) -> Result<()> {
+        let changes = Changes {
+            slices: self.slices.take_dirty(),
+            l1_sectors: std::mem::take(&mut *self.dirty_l1.borrow_mut()),
+            unlinked: std::mem::take(&mut *self.unlinked.borrow_mut()),
+        };
+        // Copies what it writes before it waits, so that changes and copies are of one instant.
+        match self.write_changes(&changes).await {
+            Ok(None) => Ok(()),
+            Ok(Some(allocator)) => self.free_unlinked(allocator, changes).await,
+            Err(error) => {
+                if error.kind() == ErrorKind::NoSpace {
+                    self.put_back(changes);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Steps 1 to 4. Returns the allocator if it has something to do afterwards.
+    async fn write_changes(&self, changes: &Changes) -> Result<Option<&Allocator>> {
         // No waiting from here …
-        // Held to the end: a slice that was dropped now would be read again before it is written.
-        let taken = self.slices.take_dirty();
-        let slices: Vec<(u64, Buf)> = taken
+        let slices: Vec<(u64, Buf)> = changes
+            .slices
             .iter()
             .map(|slice| {
                 let table = self.l2_table(slice.index)?.expect("a changed slice has its table");
@@ -102,12 +138,12 @@ impl Image {
             })
             .collect::<Result<_>>()?;
         let l1_offset = self.header.borrow().l1_offset;
-        let l1_sectors = std::mem::take(&mut *self.dirty_l1.borrow_mut());
         let l1: Vec<(u64, Buf)> = {
             let table = self.l1.borrow();
-            l1_sectors
-                .into_iter()
-                .map(|sector| {
+            changes
+                .l1_sectors
+                .iter()
+                .map(|&sector| {
                     let mut buf = Buf::zeroed(512);
                     for (bytes, entry) in buf.as_chunks_mut::<8>().0.iter_mut().zip(&table[sector * 64..]) {
                         *bytes = entry.to_be_bytes();
@@ -116,22 +152,22 @@ impl Image {
                 })
                 .collect()
         };
-        let unlinked = std::mem::take(&mut *self.unlinked.borrow_mut());
         // … to here.
 
         let tables_changed = !slices.is_empty() || !l1.is_empty();
         // Clusters of writes that were given up are unlinked without any table's change.
-        let work = tables_changed || !unlinked.is_empty();
+        let work = tables_changed || !changes.unlinked.is_empty();
         let Some(allocator) = self.allocator.as_ref().filter(|a| work || a.refcounts.has_dirty() || a.has_limbo())
         else {
-            return self.sync_both().await;
+            self.sync_both().await?;
+            return Ok(None);
         };
         if !self.has_lazy_refcounts() || allocator.refcounts.needs_flush() {
             // The table must not move while entries of it are written.
             let _tables = allocator.hold_tables().await;
             allocator.refcounts.write_pages().await?;
             if allocator.refcounts.has_dirty_table() {
-                self.storage.sync().await?;
+                allocator.sync().await?;
                 allocator.refcounts.write_table().await?;
             }
         }
@@ -139,25 +175,38 @@ impl Image {
         if tables_changed {
             write_all(&self.storage, slices).await?;
             write_all(&self.storage, l1).await?;
-            self.storage.sync().await?;
+            allocator.sync().await?;
         }
-        drop(taken);
-        if !unlinked.is_empty() {
-            allocator.retire(unlinked, &self.epochs);
+        Ok(Some(allocator))
+    }
+
+    /// Step 5: the unlinking is durable.
+    async fn free_unlinked(&self, allocator: &Allocator, changes: Changes) -> Result<()> {
+        if !changes.unlinked.is_empty() {
+            allocator.retire(changes.unlinked, &self.epochs);
         }
         if allocator.has_limbo() {
             allocator.drain_limbo(&self.epochs).await?;
-            allocator.punch_stale().await?;
+            allocator.punch_stale().await;
         }
         Ok(())
     }
 
-    /// Makes written bytes durable, in the data file first: tables refer to it.
+    /// Has the next flush write what this one could not.
+    fn put_back(&self, changes: Changes) {
+        for slice in &changes.slices {
+            self.slices.mark_dirty(slice);
+        }
+        self.dirty_l1.borrow_mut().extend(changes.l1_sectors);
+        self.unlinked.borrow_mut().extend(changes.unlinked);
+    }
+
+    /// Makes written bytes durable, in the data file first: tables refer to it. A sync that failed is never repeated.
     async fn sync_both(&self) -> Result<()> {
         if let Some(data) = &self.data_file {
-            data.sync().await?;
+            data.sync().await.inspect_err(|_| self.poisoned.set(true))?;
         }
-        self.storage.sync().await
+        self.storage.sync().await.inspect_err(|_| self.poisoned.set(true))
     }
 
     /// Whether anything waits to be written.

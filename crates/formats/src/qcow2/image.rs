@@ -2,7 +2,7 @@
 
 use super::allocator::Allocator;
 use super::check::{self, RepairMode};
-use super::entry::{COPIED, CompressedAt, L2Entry, OFFSET_MASK};
+use super::entry::{COPIED, CompressedAt, L2Entry, OFFSET_MASK, ZERO};
 use super::epochs::Epochs;
 use super::fault::Fault;
 use super::refcounts::Refcounts;
@@ -69,7 +69,8 @@ pub struct Image {
     /// Clusters to which no table in memory refers any more, once for each reference.
     pub(super) unlinked: RefCell<Vec<u64>>,
     pub(super) flushes: flush::Flushes,
-    pub(super) poisoned: Cell<bool>,
+    /// Shared with the allocator.
+    pub(super) poisoned: Rc<Cell<bool>>,
     /// The preparations that the first write owes have been made.
     pub(super) writing: Cell<bool>,
     pub(super) begin_writing: async_lock::Mutex<()>,
@@ -144,17 +145,20 @@ impl Image {
                         .because(format!("no internal snapshot {wanted:?}; there are: {}", names.join(", ")))
                 })?;
                 snapshot.validate_l1(&header, storage.size())?;
+                snapshot.validate_size(&header)?;
                 (snapshot.l1_offset, snapshot.l1_entries, snapshot.disk_size_or(header.size))
             }
         };
         let l1 = read_table(&storage, l1_offset, l1_entries as usize).await?;
         let cluster_bits = header.cluster_bits;
+        let poisoned = Rc::new(Cell::new(false));
         let allocator = if read_only {
             None
         } else {
             let entries = (u64::from(header.refcount_table_clusters) << cluster_bits) / 8;
             let table = read_table(&storage, header.refcount_table_offset, entries as usize).await?;
-            let metadata = metadata_clusters(&header, &l1, &table, storage.size())?;
+            let mut metadata = metadata_clusters(&header, &l1, &table, storage.size())?;
+            metadata.extend(other_tables(&storage, &header).await);
             let refcounts = Refcounts::new(
                 storage.clone(),
                 cluster_bits,
@@ -162,12 +166,13 @@ impl Image {
                 table,
                 header.refcount_table_offset,
             );
-            Some(Allocator::new(refcounts, storage.clone(), cluster_bits, metadata))
+            Some(Allocator::open(refcounts, storage.clone(), cluster_bits, metadata, Rc::clone(&poisoned)).await?)
         };
         let cluster = header.cluster_size();
         let geometry = LayerGeometry {
             size,
             unit: header.subcluster_size(),
+            block: cluster,
             read_only,
             storage_holes: header.autoclear & header::AUTOCLEAR_RAW_DATA != 0,
             zero_over_parent: header.version >= 3,
@@ -193,7 +198,7 @@ impl Image {
             next_ticket: Cell::new(0),
             unlinked: RefCell::default(),
             flushes: flush::Flushes::default(),
-            poisoned: Cell::new(false),
+            poisoned,
             writing: Cell::new(false),
             begin_writing: async_lock::Mutex::new(()),
             packing: Cell::default(),
@@ -283,10 +288,17 @@ impl Image {
         let _done = Loading { image: self, index };
         let geometry = self.slices.geometry;
         let bytes = self.storage.read_new(table + geometry.offset_in_table(index), geometry.slice_bytes()).await?;
-        let slice = Slice::parse(index, self.extended, &bytes);
+        let slice = Slice::parse(index, self.extended, self.data_file.is_some(), &bytes);
         if let Some(fault) = self.first_fault(&slice) {
             tracing::warn!(image = self.storage.name(), %fault, "found when an L2 table was read");
             self.suspicious.set(true);
+        }
+        if let Some(allocator) = self.allocator.as_ref().filter(|_| self.data_file.is_none()) {
+            let entries = (0..slice.entries()).map(|entry| slice.get(entry));
+            let last = entries.filter(|entry| entry.has_host()).map(L2Entry::host).max();
+            if let Some(host) = last {
+                allocator.note_mapped((host >> self.cluster_bits) + 1);
+            }
         }
         Ok(Some(self.slices.insert(slice)))
     }
@@ -326,6 +338,9 @@ impl Image {
             let mut clusters = (offset >> self.cluster_bits)..=((offset + len - 1) >> self.cluster_bits);
             return clusters.any(|c| metadata.contains(&c)).then_some(Fault::DataInMetadata { guest, offset });
         }
+        if self.header.borrow().version == 2 && entry.descriptor & ZERO != 0 {
+            return Some(Fault::ZeroInVersion2 { guest });
+        }
         if !entry.has_host() {
             return None;
         }
@@ -357,10 +372,23 @@ impl Image {
         Ok(())
     }
 
-    /// Passes a result on; a failure stops all further writing, as nobody knows what is on the storage.
+    /// Fails when an entry must not be written to in place: no reference count can be where it leads.
+    pub(super) fn check_counted(&self, guest: u64, entry: L2Entry) -> Result<()> {
+        let offset = entry.host();
+        if entry.has_host()
+            && self.data_file.is_none()
+            && self.allocator.as_ref().is_some_and(|allocator| !allocator.reaches(offset >> self.cluster_bits))
+        {
+            return Err(DiskError::from(Fault::DataBeyondCounts { guest, offset }).on(self.storage.name()));
+        }
+        Ok(())
+    }
+
+    /// Passes a result on; a failure stops all further writing, as nobody knows what is on the storage. Not so where
+    /// space ran out: such a write was not done, and whoever wanted it has left everything as it was.
     pub(super) fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
-            if !self.poisoned.replace(true) {
+            if error.kind() != ErrorKind::NoSpace && !self.poisoned.replace(true) {
                 tracing::error!(
                     image = self.storage.name(),
                     ?error,
@@ -479,6 +507,29 @@ fn metadata_clusters(header: &Header, l1: &[u64], refcount_table: &[u64], file_s
     Ok(all)
 }
 
+/// Clusters of tables that this engine never writes, but must not give away either: the snapshots' and the bitmaps'
+/// directories, and the snapshots' L1 tables. What cannot be read is left out: the checker tells about it.
+async fn other_tables(storage: &StorageHandle, header: &Header) -> Vec<u64> {
+    let bits = header.cluster_bits;
+    let end = storage.size().div_ceil(1 << bits);
+    let clusters = |offset: u64, len: u64| (offset >> bits)..offset.saturating_add(len).div_ceil(1 << bits).min(end);
+    let mut found = Vec::new();
+    if header.snapshot_count > 0
+        && let Ok(table) = SnapshotTable::read(storage, header).await
+    {
+        found.extend(clusters(header.snapshots_offset, table.size));
+        for snapshot in &table.snapshots {
+            if snapshot.validate_l1(header, storage.size()).is_ok() {
+                found.extend(clusters(snapshot.l1_offset, 8 * u64::from(snapshot.l1_entries)));
+            }
+        }
+    }
+    if let Some(bitmaps) = &header.bitmaps {
+        found.extend(clusters(bitmaps.directory_offset, bitmaps.directory_size));
+    }
+    found
+}
+
 impl Layer for Image {
     fn geometry(&self) -> LayerGeometry {
         self.geometry.get()
@@ -545,6 +596,10 @@ impl Layer for Image {
 
     async fn flush(&self) -> Result<()> {
         self.flush_all().await
+    }
+
+    async fn extend(&self, size: u64) -> Result<()> {
+        self.show_size(size).await
     }
 
     async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {

@@ -30,6 +30,7 @@ impl Image {
     /// Passes a write's result on; when the image turned out to contradict the format, sets its corrupt bit and stops
     /// all further writing, so that nobody makes it worse before it is repaired.
     pub(super) async fn mark_if_corrupt<T>(&self, result: Result<T>) -> Result<T> {
+        let result = result.map_err(|error| error.on(self.storage.name()));
         if let Err(error) = &result
             && error.kind() == ErrorKind::Corrupt
             && !self.poisoned.replace(true)

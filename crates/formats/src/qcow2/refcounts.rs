@@ -85,6 +85,16 @@ impl Refcounts {
         cluster >> self.block_bits()
     }
 
+    /// The first cluster that a block counts.
+    pub(super) fn first_of_block(&self, block: u64) -> u64 {
+        block << self.block_bits()
+    }
+
+    /// Whether a refcount block stands in the cluster. Looks through the whole table.
+    pub(super) fn is_block(&self, cluster: u64) -> bool {
+        self.table.borrow().contains(&(cluster << self.cluster_bits))
+    }
+
     /// Number of table entries.
     pub(super) fn table_len(&self) -> usize {
         self.table.borrow().len()
@@ -108,11 +118,27 @@ impl Refcounts {
         Some(block + within * self.page_bytes() as u64)
     }
 
-    /// Enters a new refcount block into the table. Its bytes on the storage are zero.
+    /// Enters a new refcount block into the table. Its bytes on the storage are zero, but if it is to count itself it
+    /// does so from the first moment.
     pub(super) fn add_block(&self, block: u64, offset: u64) {
         let at = block as usize;
         self.table.borrow_mut()[at] = offset;
         self.dirty_entries.borrow_mut().insert(at);
+        let cluster = offset >> self.cluster_bits;
+        if self.block_of(cluster) == block {
+            let page = self.insert(cluster >> self.page_bits(), vec![0; self.page_bytes()].into());
+            self.set(&page, cluster, 1);
+        }
+    }
+
+    fn insert(&self, index: u64, bytes: Box<[u8]>) -> Rc<Page> {
+        let page = Rc::new(Page { index, bytes: RefCell::new(bytes), dirty: Cell::new(false) });
+        let mut pages = self.pages.borrow_mut();
+        if pages.len() >= PAGES_MAX {
+            pages.retain(|_, page| page.dirty.get() || Rc::strong_count(page) > 1);
+        }
+        pages.insert(index, Rc::clone(&page));
+        page
     }
 
     /// Makes the table in memory longer; the caller moves it to a new place.
@@ -128,6 +154,16 @@ impl Refcounts {
             *bytes = entry.to_be_bytes();
         }
         buf
+    }
+
+    /// Undoes [`Refcounts::grow_table`] before the table moved: forgets entries from `len` on, and the blocks behind
+    /// them. Nothing that anybody holds is counted there.
+    pub(super) fn shrink_table(&self, len: usize) {
+        self.table.borrow_mut().truncate(len);
+        self.dirty_entries.borrow_mut().retain(|entry| *entry < len);
+        let is_kept = |page: u64| self.block_of(page << self.page_bits()) < len as u64;
+        self.pages.borrow_mut().retain(|index, _| is_kept(*index));
+        self.dirty_pages.borrow_mut().retain(|page| is_kept(page.index));
     }
 
     /// The table was written whole at its new place.
@@ -158,13 +194,7 @@ impl Refcounts {
             return Err(Fault::RefcountBlockUnaligned { offset }.into());
         }
         let bytes = self.storage.read_new(offset, self.page_bytes()).await?;
-        let page = Rc::new(Page { index, bytes: RefCell::new(bytes.to_vec().into()), dirty: Cell::new(false) });
-        let mut pages = self.pages.borrow_mut();
-        if pages.len() >= PAGES_MAX {
-            pages.retain(|_, page| page.dirty.get() || Rc::strong_count(page) > 1);
-        }
-        pages.insert(index, Rc::clone(&page));
-        Ok(Some(page))
+        Ok(Some(self.insert(index, bytes.to_vec().into())))
     }
 
     fn index_in_page(&self, cluster: u64) -> usize {
@@ -182,9 +212,33 @@ impl Refcounts {
         debug_assert_eq!(page.index, cluster >> self.page_bits());
         debug_assert!(count <= self.max());
         refcount_bits::set(&mut page.bytes.borrow_mut(), self.order, self.index_in_page(cluster), count);
+        self.mark_dirty(page);
+    }
+
+    fn mark_dirty(&self, page: &Rc<Page>) {
         if !page.dirty.replace(true) {
             self.dirty_pages.borrow_mut().push(Rc::clone(page));
         }
+    }
+
+    /// The highest cluster with a count other than 0; `None` when there is none.
+    pub(super) async fn last_counted(&self) -> Result<Option<u64>> {
+        for block in (0..self.table_len() as u64).rev() {
+            let first = block << self.block_bits();
+            if self.block_offset(first).is_none() {
+                continue;
+            }
+            let pages = 1u64 << (self.block_bits() - self.page_bits());
+            for page in (0..pages).rev() {
+                let first = first + (page << self.page_bits());
+                let Some(page) = self.page(first).await? else { continue };
+                let counted = (first..first + (1 << self.page_bits())).rev().find(|c| self.get(&page, *c) != 0);
+                if counted.is_some() {
+                    return Ok(counted);
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// A cluster's count; 0 where no refcount block counts it.
@@ -218,7 +272,7 @@ impl Refcounts {
         self.dirty_pages.borrow().len() > PAGES_MAX / 2
     }
 
-    /// Writes the changed pages. Not durable before a sync.
+    /// Writes the changed pages. Not durable before a sync. Pages whose write failed wait for the next call.
     pub(super) async fn write_pages(&self) -> Result<()> {
         let dirty = std::mem::take(&mut *self.dirty_pages.borrow_mut());
         let mut writes = Vec::with_capacity(dirty.len());
@@ -229,14 +283,20 @@ impl Refcounts {
             writes.push((offset, bytes));
         }
         let written = super::flush::write_all(&self.storage, writes).await;
+        if written.is_err() {
+            for page in &dirty {
+                self.mark_dirty(page);
+            }
+        }
         drop(dirty); // Held so far: a page that was dropped would be read again before it is written.
         written
     }
 
-    /// Writes the changed table entries, in whole sectors. Not durable before a sync.
+    /// Writes the changed table entries, in whole sectors. Not durable before a sync. What failed waits for the next
+    /// call.
     pub(super) async fn write_table(&self) -> Result<()> {
         let dirty = std::mem::take(&mut *self.dirty_entries.borrow_mut());
-        let sectors: BTreeSet<usize> = dirty.into_iter().map(|entry| entry / 64).collect();
+        let sectors: BTreeSet<usize> = dirty.iter().map(|entry| entry / 64).collect();
         let mut writes = Vec::with_capacity(sectors.len());
         {
             let table = self.table.borrow();
@@ -248,6 +308,10 @@ impl Refcounts {
                 writes.push((self.table_offset.get() + sector as u64 * 512, buf));
             }
         }
-        super::flush::write_all(&self.storage, writes).await
+        let written = super::flush::write_all(&self.storage, writes).await;
+        if written.is_err() {
+            self.dirty_entries.borrow_mut().extend(dirty);
+        }
+        written
     }
 }

@@ -9,13 +9,79 @@ use disk::{Below, Buf, ByteRange, DiskError, ErrorKind, Operation, Preallocation
 const PREALLOCATE_STEP: u64 = 64 << 20;
 
 impl Image {
+    /// Shows a larger size, which the header gets to know by `change_size` only.
+    ///
+    /// Crash: the old size. A larger L1 table is written, counted and synced before the header's first sector
+    /// switches to it together with its length; what tables say behind the old size is out of reach.
+    pub(super) async fn show_size(&self, size: u64) -> Result<()> {
+        let durable = self.header.borrow().size;
+        if size < durable {
+            return Err(DiskError::new(ErrorKind::Invalid, Operation::Resize)
+                .on(self.storage.name())
+                .because(format!("{size} bytes cut off some of the disk's {durable}")));
+        }
+        if size > durable {
+            self.prepare_growth(size).await?;
+        }
+        self.set_geometry(size);
+        Ok(())
+    }
+
+    /// What is due before anything is put behind the disk's end.
+    async fn prepare_growth(&self, size: u64) -> Result<()> {
+        let entries = self.judge_size(size)?;
+        self.prepare_for_writing().await?;
+        let invalidated = self.invalidate_bitmaps(Invalidate::All).await;
+        self.poison_on_error(invalidated)?;
+        if entries > self.l1.borrow().len() as u64 {
+            let grown = self.grow_l1(entries as usize).await;
+            self.poison_on_error(grown)?;
+        }
+        Ok(())
+    }
+
     /// Grows or shrinks the disk.
     ///
-    /// Crash, growing: a larger L1 table is written, counted and synced before the header's first sector switches
-    /// to it together with its length; the new size is written after that. Shrinking: what is cut
-    /// off is discarded and flushed before the size is written, so a crash between leaves the old size, with zeroes in
-    /// what was to be cut off.
+    /// Crash, growing: the old size (see `show_size`) until the header has the new one; an external data file is
+    /// made as long before. Shrinking: what is cut off is discarded and flushed before the size is written, so a crash
+    /// between leaves the old size, and in what was to be cut off zeroes or, over a parent, the parent's bytes.
     pub(super) async fn change_size(&self, size: u64, preallocation: Preallocation) -> Result<()> {
+        let old = self.header.borrow().size;
+        if size == old {
+            self.judge_size(size)?;
+            return Ok(());
+        }
+        if size > old {
+            self.prepare_growth(size).await?;
+            if let Some(data) = self.data_file.as_ref().filter(|data| data.size() < size && data.limits().grows_zeroed)
+            {
+                data.set_size(size).await?;
+            }
+        } else {
+            self.judge_size(size)?;
+            if preallocation != Preallocation::Off {
+                return Err(DiskError::new(ErrorKind::Invalid, Operation::Resize)
+                    .on(self.storage.name())
+                    .because("space can only be set aside when the disk grows"));
+            }
+            self.prepare_for_writing().await?;
+            let invalidated = self.invalidate_bitmaps(Invalidate::All).await;
+            self.poison_on_error(invalidated)?;
+            self.cut_off(size, old).await?;
+        }
+        self.flush_all().await?;
+        let written = self.write_size(size).await;
+        self.poison_on_error(written)?;
+        if size > old && preallocation != Preallocation::Off {
+            // Whole new clusters: a first part of one belongs to what the guest wrote before.
+            let start = old.next_multiple_of(self.cluster_size()).min(size);
+            self.preallocate(ByteRange::between(start, size), preallocation).await?;
+        }
+        Ok(())
+    }
+
+    /// Refuses sizes that the image cannot have; returns the number of L1 entries that the size needs.
+    fn judge_size(&self, size: u64) -> Result<u64> {
         let refuse =
             |kind, why: String| Err(DiskError::new(kind, Operation::Resize).on(self.storage.name()).because(why));
         let header = self.header();
@@ -26,38 +92,25 @@ impl Image {
         if size % 512 != 0 {
             return refuse(ErrorKind::Invalid, format!("the new size {size} is not a multiple of 512 bytes"));
         }
-        if header.snapshot_count > 0 && (size < old || header.version < 3) {
+        if header.snapshot_count > 0 && size != old && (size < old || header.version < 3) {
             return refuse(
                 ErrorKind::Unsupported,
-                "the image has internal snapshots that do not know another size; delete them first".to_owned(),
+                "the image has internal snapshots, of which the format keeps no other size; delete them first \
+                 (qemu-img snapshot -d NAME FILE), or convert to a new image"
+                    .to_owned(),
             );
         }
         let entries = header.l1_entries_for(size);
         if entries > header::MAX_L1_BYTES / 8 {
             return refuse(ErrorKind::OutOfRange, format!("{size} bytes need an L1 table of more than 32 MiB"));
         }
-        if size == old {
-            return Ok(());
-        }
-        self.prepare_for_writing().await?;
-        let invalidated = self.invalidate_bitmaps(Invalidate::All).await;
-        self.poison_on_error(invalidated)?;
-        if size < old {
-            if preallocation != Preallocation::Off {
-                return refuse(ErrorKind::Invalid, "space can only be set aside when the disk grows".to_owned());
-            }
-            self.cut_off(size, old).await?;
-        } else if entries > self.l1.borrow().len() as u64 {
-            let grown = self.grow_l1(entries as usize).await;
-            self.poison_on_error(grown)?;
-        }
-        self.flush_all().await?;
-        let written = self.write_size(size).await;
-        self.poison_on_error(written)?;
-        if size > old && preallocation != Preallocation::Off {
-            self.preallocate(ByteRange::between(old, size), preallocation).await?;
-        }
-        Ok(())
+        Ok(entries)
+    }
+
+    fn set_geometry(&self, size: u64) {
+        let mut geometry = self.geometry.get();
+        geometry.size = size;
+        self.geometry.set(geometry);
     }
 
     /// Header bytes 24–31, durable.
@@ -65,9 +118,7 @@ impl Image {
         self.storage.write(24, Buf::copy_of(&size.to_be_bytes())).await?;
         self.storage.sync().await?;
         self.header.borrow_mut().size = size;
-        let mut geometry = self.geometry.get();
-        geometry.size = size;
-        self.geometry.set(geometry);
+        self.set_geometry(size);
         if self.is_raw_data()
             && let Some(data) = &self.data_file
         {
@@ -108,7 +159,10 @@ impl Image {
         let first = allocator.allocate_table(clusters).await?;
         // Everything that the old table refers to is on the storage; then nobody changes it until the switch.
         let _one = self.making_table.lock().await;
-        self.flush_all().await?;
+        if let Err(error) = self.flush_all().await {
+            allocator.give_up_table(first, clusters);
+            return Err(error);
+        }
         let mut table = Buf::zeroed((clusters * self.cluster_size()) as usize);
         {
             let l1 = self.l1.borrow();
@@ -117,14 +171,12 @@ impl Image {
             }
         }
         let offset = first << self.cluster_bits;
-        self.storage.write(offset, table).await?;
-        self.storage.sync().await?;
-        // Header bytes 36–47: l1_size, l1_table_offset.
-        let mut fields = Vec::with_capacity(12);
-        fields.extend_from_slice(&(entries as u32).to_be_bytes());
-        fields.extend_from_slice(&offset.to_be_bytes());
-        self.storage.write(36, Buf::copy_of(&fields)).await?;
-        self.storage.sync().await?;
+        if let Err(error) = self.switch_l1(entries as u32, offset, table).await {
+            if error.kind() == ErrorKind::NoSpace {
+                allocator.give_up_table(first, clusters);
+            }
+            return Err(error);
+        }
         let (old_offset, old_clusters) = {
             let mut header = self.header.borrow_mut();
             let old = (header.l1_offset, header.l1_bytes().div_ceil(self.cluster_size()));
@@ -140,6 +192,19 @@ impl Image {
             allocator.release(cluster).await?;
         }
         Ok(())
+    }
+
+    /// Writes an L1 table to its place and has the header lead there.
+    async fn switch_l1(&self, entries: u32, offset: u64, table: Buf) -> Result<()> {
+        let allocator = self.allocator()?;
+        self.storage.write(offset, table).await?;
+        allocator.sync().await?;
+        // Header bytes 36–47: l1_size, l1_table_offset.
+        let mut fields = Vec::with_capacity(12);
+        fields.extend_from_slice(&entries.to_be_bytes());
+        fields.extend_from_slice(&offset.to_be_bytes());
+        self.storage.write(36, Buf::copy_of(&fields)).await?;
+        allocator.sync().await
     }
 
     /// Sets tables, and as asked space, aside for a range that nobody wrote to yet.

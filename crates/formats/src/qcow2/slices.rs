@@ -4,7 +4,7 @@
 //! L1 table is always in memory; slices come and go. A slice is reached by two array look-ups, because this
 //! happens for every request of the guest.
 
-use super::entry::L2Entry;
+use super::entry::{COMPRESSED, COPIED, L2Entry, OFFSET_MASK};
 use disk::Buf;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -76,8 +76,16 @@ pub(super) struct Slice {
 }
 
 impl Slice {
-    pub(super) fn parse(index: u64, extended: bool, bytes: &[u8]) -> Self {
-        let words = bytes.as_chunks::<8>().0.iter().map(|word| Cell::new(u64::from_be_bytes(*word))).collect();
+    /// From the bytes of the table. `has_data_file` says whether a cluster can be at offset 0; else an entry that leads
+    /// there has none, whatever its COPIED flag says.
+    pub(super) fn parse(index: u64, extended: bool, has_data_file: bool, bytes: &[u8]) -> Self {
+        let step = if extended { 2 } else { 1 };
+        let word = |(n, bytes): (usize, &[u8; 8])| {
+            let word = u64::from_be_bytes(*bytes);
+            let is_empty = n % step == 0 && !has_data_file && word & (COMPRESSED | OFFSET_MASK) == 0;
+            Cell::new(if is_empty { word & !COPIED } else { word })
+        };
+        let words = bytes.as_chunks::<8>().0.iter().enumerate().map(word).collect();
         Self { index, extended, words, dirty: Cell::new(false), used: Cell::new(true) }
     }
 
@@ -248,7 +256,7 @@ mod tests {
     use super::*;
 
     fn slice(index: u64) -> Slice {
-        Slice::parse(index, false, &[0; 4096])
+        Slice::parse(index, false, false, &[0; 4096])
     }
 
     #[test]

@@ -61,6 +61,19 @@ impl Snapshot {
         self.disk_size.unwrap_or(present)
     }
 
+    /// Checks the disk's size at the snapshot, before somebody shows a disk of it.
+    ///
+    /// # Errors
+    /// A size that no L1 table of the format can map.
+    pub fn validate_size(&self, header: &Header) -> std::result::Result<(), Corruption> {
+        let size = self.disk_size_or(header.size);
+        let needed = header.l1_entries_for(size).saturating_mul(8);
+        if needed > super::MAX_L1_BYTES {
+            return Err(Corruption::TableTooLarge { table: Table::SnapshotL1, size: needed, max: super::MAX_L1_BYTES });
+        }
+        Ok(())
+    }
+
     /// Checks the place and size of the L1 table, before somebody reads it.
     ///
     /// # Errors

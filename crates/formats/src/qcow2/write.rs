@@ -5,7 +5,7 @@
 //! new cluster is linked by the commit, after its bytes were written. The tables on the storage follow at the next
 //! flush, behind a sync of all bytes written until then (`flush.rs`).
 
-use super::allocator::Run;
+use super::allocator::{Allocator, Run};
 use super::entry::{CompressedAt, L2Entry, SUBCLUSTERS, State, bits};
 use super::image::Image;
 use super::slices::Slice;
@@ -43,7 +43,8 @@ impl Image {
     /// The write's plan, if its beginning is in place.
     #[inline]
     pub(super) fn plan_in_place(&self, range: ByteRange) -> Option<WritePlan> {
-        if !self.writing.get() || self.poisoned.get() || self.suspicious.get() {
+        let covers_mapped = self.allocator.as_ref().is_some_and(Allocator::covers_mapped);
+        if !self.writing.get() || self.poisoned.get() || self.suspicious.get() || !covers_mapped {
             return None;
         }
         let index = self.slices.geometry.slice_of(range.offset());
@@ -108,12 +109,17 @@ impl Image {
         self.prepare_for_writing().await?;
         let index = self.slices.geometry.slice_of(range.offset());
         let slice = self.writable_slice(index).await?;
+        self.allocator()?.cover_mapped().await?;
         let slice_end = self.slices.geometry.guest_of(index + 1);
         let range = range.prefix(slice_end - range.offset());
         let first = range.offset() >> self.cluster_bits;
         let (mut lock, range) = loop {
             // In place first: what others do to the tables does not matter for it.
-            self.check_entry(range.offset(), slice.get(self.slices.geometry.entry_of(range.offset())))?;
+            let entry = slice.get(self.slices.geometry.entry_of(range.offset()));
+            self.check_entry(range.offset(), entry)?;
+            if entry.is_copied() {
+                self.check_counted(range.offset(), entry)?;
+            }
             if let Some(plan) = self.run_in_place(&slice, range) {
                 return Ok(plan);
             }
@@ -359,9 +365,14 @@ impl Image {
         let offset = cluster << self.cluster_bits;
         if let Some(shared) = shared {
             // Nobody changes a shared table, so its slices in memory are clean and stay right.
-            let table = self.storage.read_new(shared, self.cluster_size() as usize).await?;
-            let written = self.storage.write(offset, table).await;
-            self.poison_on_error(written)?;
+            let copied = match self.storage.read_new(shared, self.cluster_size() as usize).await {
+                Ok(table) => self.storage.write(offset, table).await.map(drop),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = copied {
+                allocator.give_up_table(cluster, 1);
+                return Err(error);
+            }
             // Not ours any more.
             allocator.metadata.borrow_mut().remove(&(shared >> self.cluster_bits));
             self.unlinked.borrow_mut().push(shared >> self.cluster_bits);

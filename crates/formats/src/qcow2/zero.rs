@@ -20,6 +20,15 @@ enum Become {
     Absent,
 }
 
+/// What is done where only some subclusters of a compressed cluster are to change, which takes written bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PartOfCompressed {
+    /// They stay as they are.
+    Kept,
+    /// The request fails as `Unsupported`.
+    Refused,
+}
+
 impl Image {
     /// Makes whole units read as zero.
     pub(super) async fn zero_units(&self, range: ByteRange, below: Below, mode: ZeroMode) -> Result<()> {
@@ -36,7 +45,7 @@ impl Image {
             _ => Become::ZeroKeeping,
         };
         self.zero_raw_data(range, Some(mode)).await?;
-        self.for_each_slice(range, to, below).await
+        self.for_each_slice(range, to, below, PartOfCompressed::Refused).await
     }
 
     /// Gives back whole units.
@@ -49,7 +58,7 @@ impl Image {
             _ => Become::ZeroFreeing,
         };
         self.zero_raw_data(range, None).await?;
-        self.for_each_slice(range, to, below).await
+        self.for_each_slice(range, to, below, PartOfCompressed::Kept).await
     }
 
     /// A data file that is a raw image in its own right must show the same bytes; any other may give the space back.
@@ -66,7 +75,13 @@ impl Image {
         }
     }
 
-    async fn for_each_slice(&self, range: ByteRange, to: Become, below: Below) -> Result<()> {
+    async fn for_each_slice(
+        &self,
+        range: ByteRange,
+        to: Become,
+        below: Below,
+        part_of: PartOfCompressed,
+    ) -> Result<()> {
         let geometry = self.slices.geometry;
         let mut rest = range;
         while !rest.is_empty() {
@@ -85,13 +100,21 @@ impl Image {
             let _lock = self.lock_clusters(first, count).await;
             for cluster in first..first + count {
                 let bounds = ByteRange::new(cluster << self.cluster_bits, self.cluster_size());
-                self.change(&slice, cluster, bounds.intersect(part), to, below)?;
+                self.change(&slice, cluster, bounds.intersect(part), to, below, part_of)?;
             }
         }
         Ok(())
     }
 
-    fn change(&self, slice: &Rc<Slice>, cluster: u64, part: ByteRange, to: Become, below: Below) -> Result<()> {
+    fn change(
+        &self,
+        slice: &Rc<Slice>,
+        cluster: u64,
+        part: ByteRange,
+        to: Become,
+        below: Below,
+        part_of: PartOfCompressed,
+    ) -> Result<()> {
         let guest = cluster << self.cluster_bits;
         let old = slice.get(self.slices.geometry.entry_of(guest));
         self.check_entry(guest, old)?;
@@ -100,7 +123,7 @@ impl Image {
         let new = if self.extended {
             match self.changed_extended(old, part, whole, to, below) {
                 Some(new) => new,
-                None if to == Become::Absent => old,
+                None if part_of == PartOfCompressed::Kept => old,
                 None => {
                     return Err(DiskError::new(ErrorKind::Unsupported, Operation::WriteZeroes)
                         .at(part)
@@ -149,6 +172,9 @@ impl Image {
             return None; // Only the whole cluster can change its form.
         }
         let zero = if to == Become::Absent { old.bitmap & !(mask << 32) } else { old.bitmap | mask << 32 };
-        Some(L2Entry { descriptor: old.descriptor, bitmap: zero & !mask })
+        let bitmap = zero & !mask;
+        // The cluster goes with its last subcluster.
+        let keeps = to == Become::ZeroKeeping || bitmap as u32 != 0;
+        Some(L2Entry { descriptor: if keeps { old.descriptor } else { 0 }, bitmap })
     }
 }

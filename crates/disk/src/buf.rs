@@ -1,6 +1,7 @@
 //! Owned, aligned I/O buffers that can be cut into disjoint pieces.
 #![allow(unsafe_code)] // Hands out disjoint mutable pieces of one allocation; argued at each block.
 
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::fmt;
@@ -11,12 +12,13 @@ use std::sync::Arc;
 /// Alignment of every buffer's first byte: enough for direct I/O on any sector size in use.
 pub const BUF_ALIGNMENT: usize = 4096;
 
-/// Allocations of up to this many bytes are kept for reuse.
-const POOLED_MAX: usize = 1 << 20;
-/// Size classes: 4 KiB, 8 KiB, … 1 MiB.
-const CLASSES: usize = 9;
-/// Bytes kept per size class and thread: 4 MiB, i.e. 1,024 of the smallest and 4 of the largest.
-const POOLED_BYTES: usize = 4 << 20;
+/// Size classes: 4 KiB, 8 KiB, … 32 MiB, the longest request there is. Longer buffers are not pooled.
+const CLASSES: usize = 14;
+/// Bytes kept for reuse by each thread: enough for what a few busy connections have under way.
+const POOLED_BYTES: usize = 32 << 20;
+/// From this many bytes on memory comes from the kernel page by page as it is touched: a long buffer that is never filled
+/// costs nothing, and nobody has to clear it.
+const MAPPED_MIN: usize = 256 << 10;
 
 /// An owned buffer for one I/O request.
 ///
@@ -45,17 +47,40 @@ unsafe impl Sync for Allocation {}
 
 thread_local! {
     /// Free memory by size class. Per thread, so that taking and giving back costs no atomic.
-    static POOL: RefCell<Pool> = const { RefCell::new(Pool([const { Vec::new() }; CLASSES])) };
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { classes: [const { Vec::new() }; CLASSES], bytes: 0 }) };
 }
 
-struct Pool([Vec<NonNull<u8>>; CLASSES]);
+struct Pool {
+    classes: [Vec<NonNull<u8>>; CLASSES],
+    /// In all classes together.
+    bytes: usize,
+}
+
+impl Pool {
+    fn take(&mut self, class: usize) -> Option<NonNull<u8>> {
+        let base = self.classes[class].pop()?;
+        self.bytes -= BUF_ALIGNMENT << class;
+        Some(base)
+    }
+
+    /// Whether the memory was taken.
+    fn keep(&mut self, class: usize, base: NonNull<u8>) -> bool {
+        let capacity = BUF_ALIGNMENT << class;
+        if self.bytes + capacity > POOLED_BYTES {
+            return false;
+        }
+        self.bytes += capacity;
+        self.classes[class].push(base);
+        true
+    }
+}
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        for (class, list) in self.0.iter_mut().enumerate() {
+        for (class, list) in self.classes.iter_mut().enumerate() {
             for base in list.drain(..) {
-                // SAFETY: what is in the pool was allocated with its class's layout and is nobody's now.
-                unsafe { dealloc(base.as_ptr(), layout(BUF_ALIGNMENT << class)) };
+                // SAFETY: what is in the pool was allocated with its class's capacity and is nobody's now.
+                unsafe { give_back(base, BUF_ALIGNMENT << class) };
             }
         }
     }
@@ -63,15 +88,45 @@ impl Drop for Pool {
 
 /// The size class that holds `len` bytes, or `None` when such buffers are not pooled.
 fn class_of(len: usize) -> Option<usize> {
-    (len <= POOLED_MAX).then(|| {
-        let pages = len.div_ceil(BUF_ALIGNMENT).next_power_of_two();
-        pages.trailing_zeros() as usize
-    })
+    let class = len.div_ceil(BUF_ALIGNMENT).next_power_of_two().trailing_zeros() as usize;
+    (class < CLASSES).then_some(class)
 }
 
 fn layout(capacity: usize) -> Layout {
     // Cannot fail: the alignment is a power of two, and `Allocation::new` bounds the capacity.
     Layout::from_size_align(capacity, BUF_ALIGNMENT).expect("buffer capacity is bounded")
+}
+
+/// New memory of zeroes, aligned to pages.
+fn obtain(capacity: usize) -> NonNull<u8> {
+    let layout = layout(capacity);
+    if capacity >= MAPPED_MIN {
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
+        let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), capacity, protection, flags) };
+        return mapped.ok().and_then(|base| NonNull::new(base.cast())).unwrap_or_else(|| handle_alloc_error(layout));
+    }
+    // SAFETY: the layout's size is not zero, as every capacity is at least one page.
+    let base = NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
+    // Memory comes from the allocator uninitialised; made initialised once, at birth, so that `&[u8]` to it is sound.
+    // SAFETY: `base` points to `capacity` bytes that nobody else knows yet.
+    unsafe { base.as_ptr().write_bytes(0, capacity) };
+    base
+}
+
+/// Frees what `obtain` returned for this capacity.
+///
+/// # Safety
+/// `base` comes from `obtain(capacity)`, and nobody uses it any more.
+unsafe fn give_back(base: NonNull<u8>, capacity: usize) {
+    if capacity >= MAPPED_MIN {
+        // SAFETY: mapped in `obtain` with this length; the caller's promise covers the rest.
+        let unmapped = unsafe { munmap(base.as_ptr().cast(), capacity) };
+        debug_assert!(unmapped.is_ok(), "what was mapped can be unmapped");
+    } else {
+        // SAFETY: allocated in `obtain` with this layout; the caller's promise covers the rest.
+        unsafe { dealloc(base.as_ptr(), layout(capacity)) };
+    }
 }
 
 impl Allocation {
@@ -80,38 +135,18 @@ impl Allocation {
             Some(class) => BUF_ALIGNMENT << class,
             None => len.div_ceil(BUF_ALIGNMENT) * BUF_ALIGNMENT,
         };
-        let pooled = class_of(len).and_then(|class| POOL.try_with(|p| p.borrow_mut().0[class].pop()).ok().flatten());
-        let base = pooled.unwrap_or_else(|| {
-            let layout = layout(capacity);
-            // SAFETY: the layout's size is not zero, as every capacity is at least one page.
-            NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| handle_alloc_error(layout))
-        });
-        // Memory comes back from the allocator uninitialised; make it initialised once, at birth, so that
-        // `&[u8]` to it is sound. Pooled memory has been through here.
-        if pooled.is_none() {
-            // SAFETY: `base` points to `capacity` bytes that nobody else knows yet.
-            unsafe { base.as_ptr().write_bytes(0, capacity) };
-        }
-        Self { base, capacity }
+        let pooled = class_of(len).and_then(|class| POOL.try_with(|pool| pool.borrow_mut().take(class)).ok().flatten());
+        Self { base: pooled.unwrap_or_else(|| obtain(capacity)), capacity }
     }
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        let keep = class_of(self.capacity).is_some_and(|class| {
-            POOL.try_with(|pool| {
-                let list = &mut pool.borrow_mut().0[class];
-                let room = list.len() < POOLED_BYTES / self.capacity;
-                if room {
-                    list.push(self.base);
-                }
-                room
-            })
-            .unwrap_or(false)
-        });
-        if !keep {
-            // SAFETY: allocated in `new` with this layout; the last `Buf` is gone and the pool refused it.
-            unsafe { dealloc(self.base.as_ptr(), layout(self.capacity)) };
+        let kept = class_of(self.capacity)
+            .is_some_and(|class| POOL.try_with(|pool| pool.borrow_mut().keep(class, self.base)).unwrap_or(false));
+        if !kept {
+            // SAFETY: comes from `obtain` in `new`; the last `Buf` is gone and the pool refused it.
+            unsafe { give_back(self.base, self.capacity) };
         }
     }
 }

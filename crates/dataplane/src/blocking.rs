@@ -23,8 +23,11 @@ pub(crate) struct Pool {
     work: Condvar,
 }
 
-/// Blocking file operations of the thread-pool backend.
-pub(crate) static FILES: LazyLock<Arc<Pool>> = LazyLock::new(|| Pool::new("file-io", 16));
+/// Blocking file operations of the thread-pool backend, so many threads that one device which hangs (see
+/// [`PER_FILE`]) leaves some to the others.
+pub(crate) static FILES: LazyLock<Arc<Pool>> = LazyLock::new(|| Pool::new("file-io", 64));
+/// Operations of one file that are at work at the same time; further ones wait for these.
+pub(crate) const PER_FILE: usize = 16;
 /// Long computations and rare system calls.
 static OFFLOAD: LazyLock<Arc<Pool>> = LazyLock::new(|| {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);

@@ -66,6 +66,13 @@ impl Driver {
         }
     }
 
+    /// A worker has brought back an operation on the file with this descriptor.
+    pub(crate) fn file_done(&self, core: &Core, descriptor: i32) {
+        if let Self::Poll(poller) = self {
+            poller.file_done(core, descriptor);
+        }
+    }
+
     /// Asks the kernel to give the operation up; it completes in any case.
     pub(crate) fn cancel(&self, core: &Core, key: usize) {
         match self {

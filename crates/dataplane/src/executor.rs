@@ -20,8 +20,10 @@ use std::time::{Duration, Instant};
 
 /// Polls of tasks before the kernel is asked for completions again.
 const POLLS_PER_TURN: usize = 256;
-/// Operations that one poll of a task may finish without giving way to others.
+/// Operations that one poll of a task may finish without giving way to others,
 const INLINE_PER_POLL: u32 = 64;
+/// and the bytes that it may move meanwhile, about.
+const INLINE_BYTES_PER_POLL: usize = 2 << 20;
 /// How long a thread that stops waits for operations that the kernel does not give back.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Queue entry of the future that `run` was called with.
@@ -158,8 +160,10 @@ pub(crate) struct Core {
     pub(crate) timers: Timers,
     ready: RefCell<VecDeque<usize>>,
     tasks: RefCell<Tasks>,
-    /// Operations that the present poll may still finish on the spot.
+    /// Operations that the present poll may still finish on the spot,
     inline_left: Cell<u32>,
+    /// and bytes.
+    inline_bytes_left: Cell<usize>,
 }
 
 impl Core {
@@ -174,55 +178,88 @@ impl Core {
             ready: RefCell::default(),
             tasks: RefCell::default(),
             inline_left: Cell::new(INLINE_PER_POLL),
+            inline_bytes_left: Cell::new(INLINE_BYTES_PER_POLL),
         }))
     }
 
+    /// Queues a new task.
     pub(crate) fn add_task(&self, task: Rc<dyn Runnable>) {
-        let slot = {
-            let mut tasks = self.tasks.borrow_mut();
-            let slot = match tasks.free.pop() {
-                Some(slot) => slot,
-                None => {
-                    let slot = tasks.slots.len();
-                    let scheduled = AtomicBool::new(false);
-                    let handle = Arc::new(WakeHandle { slot, scheduled, shared: Arc::clone(&self.shared) });
-                    let waker = Waker::from(Arc::clone(&handle));
-                    tasks.slots.push(Slot { handle, waker, task: None });
-                    slot
-                }
-            };
-            tasks.slots[slot].task = Some(task);
-            if tasks.slots[slot].handle.scheduled.swap(true, Ordering::AcqRel) {
-                return; // A stale waker has queued the slot already.
-            }
-            slot
-        };
-        self.ready.borrow_mut().push_back(slot);
+        let slot = self.enter_task(task);
+        if !self.tasks.borrow().slots[slot].handle.scheduled.swap(true, Ordering::AcqRel) {
+            self.ready.borrow_mut().push_back(slot);
+        } // Else a stale waker has queued the slot already.
     }
 
-    /// Whether an operation may be done on the spot rather than through the driver; keeps a task that never
-    /// waits from starving the others.
-    pub(crate) fn take_inline(&self) -> bool {
-        let left = self.inline_left.get();
+    /// Polls a new task at once, within the poll of the present one and on its account. True when it has ended.
+    pub(crate) fn start_task(&self, task: Rc<dyn Runnable>) -> bool {
+        let slot = self.enter_task(task);
+        self.poll_task(slot)
+    }
+
+    fn enter_task(&self, task: Rc<dyn Runnable>) -> usize {
+        let mut tasks = self.tasks.borrow_mut();
+        let slot = match tasks.free.pop() {
+            Some(slot) => slot,
+            None => {
+                let slot = tasks.slots.len();
+                let scheduled = AtomicBool::new(false);
+                let handle = Arc::new(WakeHandle { slot, scheduled, shared: Arc::clone(&self.shared) });
+                let waker = Waker::from(Arc::clone(&handle));
+                tasks.slots.push(Slot { handle, waker, task: None });
+                slot
+            }
+        };
+        tasks.slots[slot].task = Some(task);
+        slot
+    }
+
+    /// Whether an operation that moves so many bytes may be done on the spot rather than through the driver; keeps a task
+    /// that never waits from starving the others.
+    pub(crate) fn take_inline(&self, bytes: usize) -> bool {
+        let (left, bytes_left) = (self.inline_left.get(), self.inline_bytes_left.get());
         self.inline_left.set(left.saturating_sub(1));
-        left > 0
+        self.inline_bytes_left.set(bytes_left.saturating_sub(bytes));
+        left > 0 && bytes_left > 0
+    }
+
+    fn refill_inline(&self) {
+        self.inline_left.set(INLINE_PER_POLL);
+        self.inline_bytes_left.set(INLINE_BYTES_PER_POLL);
+    }
+
+    /// Whether a task waits for its turn.
+    pub(crate) fn has_ready(&self) -> bool {
+        !self.ready.borrow().is_empty()
     }
 
     fn run_task(&self, slot: usize) {
+        self.refill_inline();
+        self.poll_task(slot);
+    }
+
+    /// True when there is no task there any more.
+    fn poll_task(&self, slot: usize) -> bool {
         let (task, waker) = {
             let tasks = self.tasks.borrow();
-            let Some(entry) = tasks.slots.get(slot) else { return };
+            let Some(entry) = tasks.slots.get(slot) else { return true };
             // Before the poll, so that a wake during it is not lost.
             entry.handle.scheduled.store(false, Ordering::Release);
-            let Some(task) = &entry.task else { return };
+            let Some(task) = &entry.task else { return true };
             (Rc::clone(task), entry.waker.clone())
         };
-        self.inline_left.set(INLINE_PER_POLL);
-        if task.run(&mut Context::from_waker(&waker)) {
+        let ended = task.run(&mut Context::from_waker(&waker));
+        if ended {
             let mut tasks = self.tasks.borrow_mut();
             tasks.slots[slot].task = None;
             tasks.free.push(slot);
         }
+        ended
+    }
+
+    /// A worker brings a file operation back.
+    fn complete_file(&self, key: usize, result: i32, request: crate::op::FileRequest) {
+        self.driver.file_done(self, request.descriptor());
+        self.ops.complete_file(key, result, request);
     }
 
     fn open_inbox(self: &Rc<Self>) {
@@ -234,7 +271,7 @@ impl Core {
                         tracing::error!(message = panic_message(&*panic), "a task panicked while it was made");
                     }
                 }
-                Injected::Complete(key, result, request) => self.ops.complete_file(key, result, request),
+                Injected::Complete(key, result, request) => self.complete_file(key, result, request),
             }
         }
     }
@@ -251,7 +288,7 @@ impl Core {
                 let Some(slot) = self.ready.borrow_mut().pop_front() else { break };
                 if slot == MAIN {
                     handle.scheduled.store(false, Ordering::Release);
-                    self.inline_left.set(INLINE_PER_POLL);
+                    self.refill_inline();
                     if let Poll::Ready(output) = main.as_mut().poll(&mut Context::from_waker(&waker)) {
                         return output;
                     }
@@ -295,7 +332,7 @@ impl Core {
         loop {
             for item in self.shared.take() {
                 if let Injected::Complete(key, result, request) = item {
-                    self.ops.complete_file(key, result, request);
+                    self.complete_file(key, result, request);
                 }
             }
             if self.ops.in_flight() == 0 {

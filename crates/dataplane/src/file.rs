@@ -8,7 +8,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longest transfer of one operation; longer ones are done in part, as short transfers.
@@ -23,10 +23,32 @@ struct Inner {
     direct: bool,
     /// Writes to the page cache that are still to be left to the driver after one that waited for a device.
     writes_deferred: AtomicU32,
+    /// Operations under way that hold the inode's lock for long: a write beside them would wait on the I/O thread.
+    changing: AtomicU32,
+    /// The file system cannot say what its page cache holds, so it is no use to ask.
+    not_askable: AtomicBool,
+}
+
+/// Counts an operation that holds the inode's lock.
+struct Changing(File);
+
+impl Changing {
+    fn new(file: &File) -> Self {
+        file.0.changing.fetch_add(1, Ordering::Relaxed);
+        Self(file.clone())
+    }
+}
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        self.0.0.changing.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Longest write that is copied into the page cache on the I/O thread.
 const INLINE_WRITE: usize = 128 << 10;
+/// Of the page cache.
+const PAGE: u64 = 4096;
 /// A copy into the page cache that takes longer has waited for a device.
 const SLOW_WRITE: Duration = Duration::from_millis(2);
 /// How many writes go through the driver after a slow one.
@@ -36,7 +58,18 @@ impl File {
     /// Takes over `file`. `direct` says that it was opened with `O_DIRECT`, so that it is no use to try
     /// the page cache first.
     pub fn new(file: std::fs::File, direct: bool) -> Self {
-        Self(Arc::new(Inner { file, direct, writes_deferred: AtomicU32::new(0) }))
+        Self(Arc::new(Inner {
+            file,
+            direct,
+            writes_deferred: AtomicU32::new(0),
+            changing: AtomicU32::new(0),
+            not_askable: AtomicBool::new(false),
+        }))
+    }
+
+    /// Whether a call that needs the inode's lock may wait for an operation under way.
+    pub fn is_changing(&self) -> bool {
+        self.0.changing.load(Ordering::Relaxed) > 0
     }
 
     /// The standard library's view of it, for blocking calls.
@@ -87,7 +120,13 @@ fn read_cached(file: &File, offset: u64, buf: &mut Buf) -> i32 {
 /// cache is full of what is not written yet; after that, writes are left to the workers for a while. `None`
 /// when this one is to be left to them.
 fn write_cached(file: &File, offset: u64, buf: &Buf) -> Option<i32> {
-    if file.0.direct || buf.len() > INLINE_WRITE || !current_core().is_some_and(|core| core.take_inline()) {
+    if file.0.direct || buf.len() > INLINE_WRITE || file.is_changing() {
+        return None;
+    }
+    if !offset.is_multiple_of(PAGE) || !(buf.len() as u64).is_multiple_of(PAGE) {
+        return None; // The rest of a page may have to be read first.
+    }
+    if !current_core().is_some_and(|core| core.take_inline(buf.len())) {
         return None;
     }
     let deferred = &file.0.writes_deferred;
@@ -107,6 +146,16 @@ fn write_cached(file: &File, offset: u64, buf: &Buf) -> Option<i32> {
 }
 
 impl FileRequest {
+    /// The number of the file's descriptor, which stays open as long as the request is there.
+    pub(crate) fn descriptor(&self) -> i32 {
+        match self {
+            Self::Read { file, .. }
+            | Self::Write { file, .. }
+            | Self::DataSync { file }
+            | Self::Allocate { file, .. } => file.raw(),
+        }
+    }
+
     /// Does it with blocking system calls.
     pub(crate) fn perform(&mut self) -> i32 {
         match self {
@@ -148,10 +197,14 @@ fn transferred(result: i32, request: Request) -> (io::Result<usize>, Buf) {
 
 /// Reads into `buf` from `offset`; returns how many bytes, which may be fewer than asked for (0: at the end).
 pub async fn read_at(file: &File, offset: u64, mut buf: Buf) -> (io::Result<usize>, Buf) {
-    if !file.0.direct && current_core().is_some_and(|core| core.take_inline()) {
+    let askable = !file.0.direct && !file.0.not_askable.load(Ordering::Relaxed);
+    if askable && current_core().is_some_and(|core| core.take_inline(buf.len())) {
         let n = read_cached(file, offset, &mut buf);
         if n >= 0 {
             return (io_result(n), buf);
+        }
+        if n == -libc::EOPNOTSUPP {
+            file.0.not_askable.store(true, Ordering::Relaxed);
         }
     }
     let (result, request) = Op::start(Request::File(FileRequest::Read { file: file.clone(), offset, buf })).await;
@@ -176,7 +229,9 @@ pub async fn fdatasync(file: &File) -> io::Result<()> {
 /// `fallocate(2)` with its mode bits (`libc::FALLOC_FL_*`).
 pub async fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let request = FileRequest::Allocate { file: file.clone(), mode, offset, len };
+    let changing = Changing::new(file);
     let (result, _) = Op::start(Request::File(request)).await;
+    drop(changing);
     io_result(result).map(drop)
 }
 

@@ -29,5 +29,5 @@ pub use blocking::offload;
 pub use driver::Backend;
 pub use executor::block_on;
 pub use io_thread::{IoThread, IoThreads, IoThreadsConfig, Remote, Stopped, current};
-pub use task::{LocalTask, spawn_local};
+pub use task::{LocalTask, spawn_local, start_local};
 pub use time::{sleep, timeout, yield_now};

@@ -190,7 +190,7 @@ impl Socket {
     pub async fn send_all(&self, bufs: Vec<Buf>) -> io::Result<()> {
         let mut message = Message::new(bufs);
         // At once where the socket has room: cheaper than a turn through the driver, and sooner at the peer.
-        let mut at_once = current_core().is_some_and(|core| core.take_inline());
+        let mut at_once = current_core().is_some_and(|core| core.take_inline(0));
         while !message.is_empty() {
             let result = if at_once {
                 send_now(&self.fd, &mut message)

@@ -152,6 +152,17 @@ pub fn spawn_local<F: Future + 'static>(future: F) -> LocalTask<F::Output> {
     spawn_on(&core, future)
 }
 
+/// Starts a task by polling it at once, before this returns: what need not wait is done then, without a turn through the
+/// queue. Counts against the present task's share of the thread. True when it has ended.
+///
+/// # Panics
+/// Outside of an I/O thread and [`block_on`](crate::block_on).
+pub fn start_local<F: Future<Output = ()> + 'static>(future: F) -> bool {
+    let core = executor::current_core().expect("start_local outside of an I/O thread");
+    let join = Join { outcome: Outcome::Running, waiter: None, detached: true };
+    core.start_task(Rc::new(Task { future: RefCell::new(Some(future)), join: RefCell::new(join) }))
+}
+
 pub(crate) fn spawn_on<F: Future + 'static>(core: &Rc<Core>, future: F) -> LocalTask<F::Output> {
     let task = Rc::new(Task {
         future: RefCell::new(Some(future)),

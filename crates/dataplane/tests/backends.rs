@@ -380,3 +380,51 @@ macro_rules! called_on_both {
 }
 
 called_on_both!(across_threads, stops_with_tasks_pending, block_on_is_not_nested);
+
+/// However many operations one turn queues, the thread does not sleep on what they have made ready.
+#[test]
+fn a_full_queue_is_no_reason_to_sleep() {
+    let threads = threads(Backend::Auto, 1);
+    for count in 250..260 {
+        // Not asked of the page cache first, so that each goes through the ring; there it is done at once.
+        let file = File::new(scratch(1 << 20).std().try_clone().expect("a clone"), true);
+        std::thread::sleep(Duration::from_millis(2)); // The thread is asleep, and wakes by its eventfd.
+        let done = threads.pick().spawn(move || async move {
+            let reads: Vec<_> = (0..count)
+                .map(|n| {
+                    let file = file.clone();
+                    spawn_local(async move { file::read_at(&file, n * 4096 % (1 << 20), Buf::new(4096)).await.0 })
+                })
+                .collect();
+            let (own, _) = file::read_at(&file, 0, Buf::new(4096)).await;
+            own.expect("read");
+            for read in reads {
+                assert_eq!(read.await.expect("read"), 4096);
+            }
+        });
+        let (send, receive) = std::sync::mpsc::channel();
+        let waiter = std::thread::spawn(move || send.send(done.wait()));
+        receive.recv_timeout(Duration::from_secs(20)).expect("not asleep").expect("the thread runs");
+        waiter.join().expect("no panic").expect("sent");
+    }
+}
+
+#[test]
+fn a_task_that_need_not_wait_ends_before_its_start_returns() {
+    block_on(Backend::Auto, async {
+        let ended = Rc::new(Cell::new(false));
+        let flag = Rc::clone(&ended);
+        assert!(dataplane::start_local(async move { flag.set(true) }));
+        assert!(ended.get());
+        let flag = Rc::clone(&ended);
+        assert!(!dataplane::start_local(async move {
+            dataplane::yield_now().await;
+            flag.set(false);
+        }));
+        assert!(ended.get(), "it waits for its turn");
+        sleep(Duration::from_millis(1)).await;
+        assert!(!ended.get());
+        assert!(dataplane::start_local(async { panic!("on purpose") }), "a panic ends the task alone");
+    })
+    .expect("runs");
+}

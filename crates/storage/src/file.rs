@@ -214,6 +214,26 @@ impl Inner {
         Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?)
     }
 
+    /// The first run of data or hole of the range.
+    fn seek_extent(&self, range: ByteRange) -> io::Result<StorageExtent> {
+        let whole = |hole| Ok(StorageExtent { range, hole });
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.offset())) {
+            Ok(data) => data,
+            Err(rustix::io::Errno::NXIO) => return whole(true),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOTSUP) => return whole(false),
+            Err(error) => return Err(error.into()),
+        };
+        if data > range.offset() {
+            return Ok(StorageExtent { range: range.prefix(data - range.offset()), hole: true });
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(range.offset())) {
+            // Somebody made a hole between the two questions.
+            Ok(hole) if hole <= range.offset() => whole(false),
+            Ok(hole) => Ok(StorageExtent { range: range.prefix(hole - range.offset()), hole: false }),
+            Err(_) => whole(false),
+        }
+    }
+
     /// Undoes the completion of a ragged last block, if it has remained that.
     fn restore_size(&self, ragged: u64) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
@@ -362,26 +382,17 @@ impl Storage for FileStorage {
     }
 
     async fn extent(&self, range: ByteRange) -> Result<StorageExtent> {
-        let whole = |hole| Ok(StorageExtent { range, hole });
         if self.0.block_device {
-            return whole(false);
+            return Ok(StorageExtent { range, hole: false });
         }
-        // From the inode's extents: too short a call to be worth another thread.
-        let data = match rustix::fs::seek(&self.0.file, SeekFrom::Data(range.offset())) {
-            Ok(data) => data,
-            Err(rustix::io::Errno::NXIO) => return whole(true),
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOTSUP) => return whole(false),
-            Err(error) => return Err(self.error_at(error.into(), Operation::Map, range)),
+        // From the inode's extents: too short a call to be worth another thread, unless it has to wait for the inode.
+        let found = if self.0.file.is_changing() {
+            let this = self.clone();
+            dataplane::offload(move || this.0.seek_extent(range)).await
+        } else {
+            self.0.seek_extent(range)
         };
-        if data > range.offset() {
-            return Ok(StorageExtent { range: range.prefix(data - range.offset()), hole: true });
-        }
-        match rustix::fs::seek(&self.0.file, SeekFrom::Hole(range.offset())) {
-            // Somebody made a hole between the two questions.
-            Ok(hole) if hole <= range.offset() => whole(false),
-            Ok(hole) => Ok(StorageExtent { range: range.prefix(hole - range.offset()), hole: false }),
-            Err(_) => whole(false),
-        }
+        found.map_err(|error| self.error_at(error, Operation::Map, range))
     }
 }
 

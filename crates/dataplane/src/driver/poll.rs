@@ -5,6 +5,7 @@ use crate::executor::{Core, Injected, Shared};
 use crate::op::{Request, SocketRequest};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +20,16 @@ struct Waiting {
 pub(crate) struct Poller {
     shared: Arc<Shared>,
     waiting: RefCell<Vec<Waiting>>,
+    /// By descriptor, files that workers are busy with.
+    files: RefCell<HashMap<i32, Busy>>,
+}
+
+/// What workers have to do with one file.
+#[derive(Default)]
+struct Busy {
+    at_work: usize,
+    /// Keys of operations that wait for those at work.
+    waiting: VecDeque<usize>,
 }
 
 /// What trying a socket operation led to.
@@ -52,20 +63,56 @@ fn attempt(request: &mut SocketRequest) -> Tried {
 
 impl Poller {
     pub(crate) fn new(shared: &Arc<Shared>) -> Self {
-        Self { shared: Arc::clone(shared), waiting: RefCell::default() }
+        Self { shared: Arc::clone(shared), waiting: RefCell::default(), files: RefCell::default() }
     }
 
     pub(crate) fn submit(&self, core: &Core, key: usize) {
-        if let Some(mut request) = core.ops.take_file(key) {
-            let shared = Arc::clone(&self.shared);
-            blocking::FILES.run(Box::new(move || {
-                let result = request.perform();
-                shared.inject(Injected::Complete(key, result, request));
-            }));
-            return;
+        let descriptor = core.ops.with_request(key, |request| match request {
+            Request::File(request) => Some(request.descriptor()),
+            Request::Socket(_) => None,
+        });
+        if let Some(descriptor) = descriptor.flatten() {
+            let mut files = self.files.borrow_mut();
+            let busy = files.entry(descriptor).or_default();
+            if busy.at_work >= blocking::PER_FILE {
+                busy.waiting.push_back(key);
+                return;
+            }
+            busy.at_work += 1;
+            drop(files);
+            return self.hand_over(core, key);
         }
         if let Some(waiting) = self.attempt(core, key) {
             self.waiting.borrow_mut().push(waiting);
+        }
+    }
+
+    /// Gives a file operation to a worker.
+    fn hand_over(&self, core: &Core, key: usize) {
+        let mut request = core.ops.take_file(key).expect("a file operation that no worker has");
+        let shared = Arc::clone(&self.shared);
+        blocking::FILES.run(Box::new(move || {
+            let result = request.perform();
+            shared.inject(Injected::Complete(key, result, request));
+        }));
+    }
+
+    /// A worker has brought back an operation on the file with this descriptor.
+    pub(crate) fn file_done(&self, core: &Core, descriptor: i32) {
+        let next = {
+            let mut files = self.files.borrow_mut();
+            let Some(busy) = files.get_mut(&descriptor) else { return };
+            let next = busy.waiting.pop_front();
+            if next.is_none() {
+                busy.at_work -= 1;
+                if busy.at_work == 0 {
+                    files.remove(&descriptor);
+                }
+            }
+            next
+        };
+        if let Some(key) = next {
+            self.hand_over(core, key);
         }
     }
 

@@ -104,10 +104,14 @@ impl Uring {
             let mut ring = self.ring.borrow_mut();
             !ring.completion().is_empty()
         };
-        let wait = if ready { None } else { wait };
+        let mut wait = if ready { None } else { wait };
         if wait.is_some() && !self.armed.replace(true) {
             let wake = opcode::PollAdd::new(Fd(self.eventfd.as_raw_fd()), libc::POLLIN as u32).build();
             self.push(core, wake.user_data(WAKE));
+            // A full queue is submitted by the push, and what has completed then has woken tasks already.
+            if core.has_ready() {
+                wait = None;
+            }
         }
         let needed = wait.is_some() || {
             let mut ring = self.ring.borrow_mut();

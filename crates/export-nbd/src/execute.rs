@@ -3,13 +3,13 @@
 use crate::context::MetaContext;
 use crate::errors::{Refusal, WireError};
 use crate::negotiation::Agreement;
+use crate::occasional::Occasional;
 use crate::reply::{Answered, Descriptors, Piece};
 use crate::request::{Command, Rules, StatusPayload};
 use crate::wire::ReplyStyle;
 use disk::{Buf, ByteRange, DiskError, DiskHandle, ErrorKind, Operation, Result, WriteFlags, ZeroMode};
 use std::cell::Cell;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// Reads of at least this many bytes are asked for holes.
 const SPARSE_READ: u64 = 256 << 10;
@@ -21,14 +21,14 @@ const SPARSE_BACKOFF: u32 = 64;
 pub(crate) const MAX_DESCRIPTORS: usize = 8192;
 /// Questions to a context for one descriptor list: neighbours of one status are joined.
 const MAX_STATUS_QUESTIONS: usize = MAX_DESCRIPTORS;
+/// Questions in a row, before others on the thread have their turn.
+const QUESTIONS_PER_TURN: usize = 64;
 /// Questions for the single descriptor of `NBD_CMD_FLAG_REQ_ONE`.
 const ONE_STATUS_QUESTIONS: usize = 64;
 /// A cache request reads in pieces of this many bytes,
 const CACHE_PIECE: u64 = 256 << 10;
 /// and at most this many.
 const CACHE_MAX: u64 = 32 << 20;
-/// Least time between two reports of failures.
-const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 
 /// A reply, ready to be sent.
 pub(crate) struct Outcome {
@@ -82,10 +82,7 @@ impl SparseHint {
 
 /// Tells the operator of failures, but not of each: a guest whose disk is full tries again and again.
 #[derive(Debug, Default)]
-struct FailureLog {
-    last: Cell<Option<Instant>>,
-    unsaid: Cell<u64>,
-}
+struct FailureLog(Occasional);
 
 impl FailureLog {
     /// A client's mistakes are its own matter; failures of the disk are the operator's.
@@ -93,13 +90,9 @@ impl FailureLog {
         if !matches!(Refusal::from(error).error, WireError::Io | WireError::NoMemory | WireError::NoSpace) {
             return tracing::debug!(export, ?error, "request refused");
         }
-        let now = Instant::now();
-        if self.last.get().is_some_and(|last| now.duration_since(last) < FAILURE_PAUSE) {
-            self.unsaid.set(self.unsaid.get() + 1);
-            return;
+        if let Some(unsaid) = self.0.due() {
+            tracing::warn!(export, ?error, unsaid, "request failed");
         }
-        self.last.set(Some(now));
-        tracing::warn!(export, ?error, unsaid = self.unsaid.take(), "request failed");
     }
 }
 
@@ -276,9 +269,12 @@ impl Target {
         let mut descriptors = Descriptors::new(style);
         let mut rest = range;
         let mut joined: Option<(u64, u32)> = None;
-        for _ in 0..questions {
+        for question in 0..questions {
             if rest.is_empty() {
                 break;
+            }
+            if question % QUESTIONS_PER_TURN == QUESTIONS_PER_TURN - 1 {
+                dataplane::yield_now().await;
             }
             let run = context.status(&self.disk, rest).await?;
             let len = run.len.min(rest.len());

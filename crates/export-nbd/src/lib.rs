@@ -24,6 +24,7 @@ mod handshake;
 #[cfg(any(test, fuzzing))]
 mod memory_disk;
 mod negotiation;
+mod occasional;
 mod options;
 mod reply;
 mod request;

@@ -5,6 +5,7 @@ use crate::execute::Target;
 use crate::export::Export;
 use crate::handshake::{Negotiated, negotiate};
 use crate::negotiation::ExportFacts;
+use crate::occasional::Occasional;
 use crate::session::{self, End, Limits};
 use crate::stream::Stream;
 use crate::tls::Tls;
@@ -42,6 +43,9 @@ pub struct ServerConfig {
     pub max_requests: usize,
     /// Bytes of payloads and replies that one connection holds, unless a single request has more.
     pub max_bytes: u64,
+    /// Bytes that all connections hold together: with many of them each may hold its share only, but 1 MiB, or one
+    /// request, in any case.
+    pub max_bytes_together: u64,
 }
 
 impl Default for ServerConfig {
@@ -51,6 +55,7 @@ impl Default for ServerConfig {
             max_connections: 1024,
             max_requests: 256,
             max_bytes: 64 << 20,
+            max_bytes_together: 2 << 30,
         }
     }
 }
@@ -104,6 +109,10 @@ pub(crate) struct Shared {
     next_id: AtomicU64,
     exports: RwLock<BTreeMap<String, Arc<Listed>>>,
     connections: Mutex<BTreeMap<u64, Arc<Control>>>,
+    /// As many as there are in `connections`.
+    count: Arc<AtomicUsize>,
+    refusals: Occasional,
+    violations: Occasional,
     /// A connection ended.
     ended: Event,
     stopping: AtomicBool,
@@ -163,6 +172,9 @@ impl Server {
             next_id: AtomicU64::new(1),
             exports: RwLock::default(),
             connections: Mutex::default(),
+            count: Arc::default(),
+            refusals: Occasional::default(),
+            violations: Occasional::default(),
             ended: Event::new(),
             stopping: AtomicBool::new(false),
             stop: Event::new(),
@@ -361,10 +373,14 @@ fn begin(shared: &Arc<Shared>, socket: Socket, tls: &Tls) {
     {
         let mut connections = lock(&shared.connections);
         if connections.len() >= shared.config.max_connections {
-            tracing::warn!(peer = socket.peer(), limit = shared.config.max_connections, "too many connections");
+            if let Some(unsaid) = shared.refusals.due() {
+                let limit = shared.config.max_connections;
+                tracing::warn!(peer = socket.peer(), limit, unsaid, "too many connections");
+            }
             return;
         }
         connections.insert(id, Arc::clone(&control));
+        shared.count.store(connections.len(), Ordering::Relaxed);
     }
     keep_alive(&socket);
     let entry = Entry { shared: Arc::clone(shared), id, control, export: None };
@@ -410,7 +426,10 @@ impl Drop for Entry {
         if let Some(listed) = &self.export {
             lock(&listed.users).connections.remove(&self.id);
         }
-        lock(&self.shared.connections).remove(&self.id);
+        let mut connections = lock(&self.shared.connections);
+        connections.remove(&self.id);
+        self.shared.count.store(connections.len(), Ordering::Relaxed);
+        drop(connections);
         self.shared.ended.notify(usize::MAX);
     }
 }
@@ -436,14 +455,21 @@ async fn connection(mut entry: Entry, socket: Socket, tls: Tls) {
             return tracing::info!(peer, export = export.export.name, "disk was closed during a handshake");
         };
         tracing::info!(peer, export = export.export.name, encrypted = stream.is_encrypted(), "client connected");
-        let limits = Limits { requests: config.max_requests, bytes: config.max_bytes };
+        let limits = Limits {
+            requests: config.max_requests,
+            bytes: config.max_bytes,
+            total_bytes: config.max_bytes_together,
+            sharers: Arc::clone(&entry.shared.count),
+        };
         let target = Target::new(disk, agreement);
         let stats = Arc::clone(&export.export.stats);
         let end = session::serve(stream, early, target, stats, Arc::clone(&entry.control), limits).await;
         match end {
             End::Orderly | End::Closed => tracing::info!(peer, export = export.export.name, "client disconnected"),
             End::Violation(reason) => {
-                tracing::warn!(peer, export = export.export.name, reason, "client broke the protocol")
+                if let Some(unsaid) = entry.shared.violations.due() {
+                    tracing::warn!(peer, export = export.export.name, reason, unsaid, "client broke the protocol");
+                }
             }
             End::Failed(error) => tracing::info!(peer, export = export.export.name, %error, "connection failed"),
         }

@@ -1,8 +1,8 @@
 //! The transmission phase of one connection, on the home thread of its disk.
 //!
 //! One task per connection polls a reader and a writer in turn. The reader receives into a staging buffer,
-//! takes all requests out of it that are there, and polls each once in place: many are done at once.
-//! Those that are not become tasks of their own. Finished requests leave their replies in a queue; the
+//! takes all requests out of it that are there, and starts each as a task that is polled at once: many are done
+//! then and there. Finished requests leave their replies in a queue; the
 //! writer sends everything that is in it with one vectored send.
 //!
 //! Invariant: what a connection holds in memory is bounded by [`Limits`]: a request is admitted only when
@@ -21,11 +21,12 @@ use disk::Buf;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes received at once.
 const STAGING: usize = 128 << 10;
@@ -36,13 +37,29 @@ const SEND_BATCH: usize = 256;
 
 const SHUTTING_DOWN: Refusal = Refusal::new(WireError::Shutdown, "server is shutting down");
 
+/// How long a client that has said goodbye may take to receive what it is still owed.
+const GOODBYE: Duration = Duration::from_secs(60);
+/// What a connection may hold however many there are.
+const BYTES_AT_LEAST: u64 = 1 << 20;
+
 /// Bounds of one connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Limits {
     /// Requests under way.
     pub(crate) requests: usize,
     /// Bytes of payloads and replies under way; one request is always admitted.
     pub(crate) bytes: u64,
+    /// Bytes of all the server's connections together, of which each may hold its share.
+    pub(crate) total_bytes: u64,
+    /// How many connections there are.
+    pub(crate) sharers: Arc<AtomicUsize>,
+}
+
+impl Limits {
+    fn bytes_now(&self) -> u64 {
+        let share = self.total_bytes / self.sharers.load(Ordering::Relaxed).max(1) as u64;
+        self.bytes.min(share.max(BYTES_AT_LEAST))
+    }
 }
 
 /// How a connection ended.
@@ -187,13 +204,13 @@ impl Session {
             self.reader_ended.set(true);
             if !matches!(end, End::Failed(_)) {
                 // Finish what is under way, unless the client does not take it or time has run out.
-                poll_fn(|cx| {
+                let finish = poll_fn(|cx| {
                     if self.control.poll_course(cx.waker()) == Course::Abort {
                         return Poll::Ready(());
                     }
                     writer.as_mut().poll(cx).map(drop)
-                })
-                .await;
+                });
+                dataplane::timeout(GOODBYE, finish).await;
             }
             end
         };
@@ -218,7 +235,7 @@ impl Session {
     fn has_room(&self, bytes: u64) -> bool {
         let taken = self.taken.get();
         taken.requests == 0
-            || (taken.requests < self.limits.requests && taken.bytes.saturating_add(bytes) <= self.limits.bytes)
+            || (taken.requests < self.limits.requests && taken.bytes.saturating_add(bytes) <= self.limits.bytes_now())
     }
 
     async fn admit(&self, bytes: u64) -> Charge {
@@ -338,16 +355,12 @@ impl Session {
             len => Some(staging.payload(&self.stream, usize::try_from(len).expect("bounded")).await?),
         };
         ticket.begun = true;
-        let mut work: Pin<Box<dyn Future<Output = ()>>> = Box::pin(async move {
+        self.in_place.set(true);
+        dataplane::start_local(async move {
             let outcome = ticket.session.target.execute(answered, command, payload).await;
             ticket.finish(outcome);
         });
-        self.in_place.set(true);
-        let ready = poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx).is_ready())).await;
         self.in_place.set(false);
-        if !ready {
-            drop(dataplane::spawn_local(work));
-        }
         Ok(())
     }
 

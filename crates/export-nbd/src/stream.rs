@@ -5,11 +5,15 @@ use dataplane::net::Socket;
 use disk::Buf;
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::time::Duration;
 
 /// Ciphertext received at once.
 const RECEIVE: usize = 64 << 10;
 /// Plaintext encrypted at once, so that a long reply is not in memory twice.
 const ENCRYPT: usize = 1 << 20;
+
+/// How long the peer may take to end its side.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// One connection. Can be moved to another thread between operations. One receiver and one sender may be at
 /// work at the same time.
@@ -141,6 +145,19 @@ impl Stream {
                 tracing::debug!(%error, "closing TLS");
             }
         }
+        // With unread bytes there, the end of the socket would have the kernel throw away what is still on its way.
+        self.socket.shutdown_send();
+        let rest = async {
+            let mut buf = Buf::new(RECEIVE);
+            loop {
+                let (result, back) = self.socket.recv(buf).await;
+                match result {
+                    Ok(0) | Err(_) => return,
+                    Ok(_) => buf = back,
+                }
+            }
+        };
+        dataplane::timeout(LINGER, rest).await;
         self.socket.shutdown();
     }
 

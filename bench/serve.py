@@ -115,7 +115,8 @@ def main():
         options = ["-o", args.options] if args.options else []
         for path in (full, empty):
             run("qemu-img", "create", "-q", "-f", args.format, *options, path, args.size)
-        run("qemu-img", "bench", "-q", "-f", args.format, "-w", "-s", "1M", "-d", "4", "-t", "none", "-n",
+        # A pattern, for a file system may keep zeroes as holes, and writing there is another matter.
+        run("qemu-img", "bench", "-q", "-f", args.format, "-w", "--pattern=85", "-s", "1M", "-d", "4", "-t", "none", "-n",
             "-c", str(size_bytes(args.size) >> 20), full)
         for cache in args.cache.split(","):
             for case in args.cases or CASES:
@@ -125,7 +126,7 @@ def main():
                     for name in names[round_ % len(names):] + names[:round_ % len(names)]:
                         target = full
                         if "write" in rw:
-                            run("cp", "--sparse=always", full if image == "full" else empty, work)
+                            run("cp", "--sparse=auto", full if image == "full" else empty, work)
                             target = work
                             os.sync()
                         server = start(name, args, target, args.format, cache, directory)

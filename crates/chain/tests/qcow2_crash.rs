@@ -5,7 +5,7 @@ use chain::{Chain, LayerInfo};
 use disk::{Buf, ByteRange, DiskHandle, LayerHandle, LocalFuture, Preallocation, StorageHandle, WriteFlags, ZeroMode};
 use formats::Format;
 use formats::qcow2::check::{CheckReport, check};
-use formats::qcow2::{self, BackingRef, CreateOptions, Image, OpenOptions};
+use formats::qcow2::{self, BackingRef, Compression, CreateOptions, Image, OpenOptions, encode_cluster};
 use formats::raw;
 use std::process::Command;
 use std::rc::Rc;
@@ -17,6 +17,8 @@ struct Setup {
     options: CreateOptions,
     parent: Option<MemoryStorage>,
     alignment: u32,
+    /// The guest's bytes stand in a file of their own.
+    data_file: bool,
 }
 
 fn setup(rng: &mut fastrand::Rng) -> Setup {
@@ -39,12 +41,18 @@ fn setup(rng: &mut fastrand::Rng) -> Setup {
         parent
     });
     options.backing = parent.as_ref().map(|_| BackingRef { name: "parent.raw".into(), format: Some("raw".into()) });
-    Setup { options, parent, alignment: [1, 512][rng.usize(..2)] }
+    let data_file = parent.is_none() && rng.u8(..6) == 0;
+    if data_file {
+        options.data_file = Some("data".into());
+        options.data_file_raw = rng.bool();
+    }
+    options.compression = [Compression::Zlib, Compression::Zstd][rng.usize(..2)];
+    Setup { options, parent, alignment: [1, 512][rng.usize(..2)], data_file }
 }
 
-async fn open(storage: StorageHandle, setup: &Setup) -> (DiskHandle, Rc<Chain>) {
+async fn open(storage: StorageHandle, data: Option<StorageHandle>, setup: &Setup) -> (DiskHandle, Rc<Chain>) {
     let options = OpenOptions { l2_cache_bytes: 0, ..OpenOptions::default() };
-    let image = Image::open(storage, None, options).await.expect("opens after a crash");
+    let image = Image::open(storage, data, options).await.expect("opens after a crash");
     let layer = |format, handle| LayerInfo { path: "image".into(), format, handle };
     let mut layers = vec![layer(Format::Qcow2, LayerHandle::from_rc(image))];
     if let Some(parent) = &setup.parent {
@@ -61,14 +69,28 @@ fn random_range(rng: &mut fastrand::Rng, size: u64) -> ByteRange {
     ByteRange::new(offset, rng.u64(1..=max / 512) * 512).intersect(ByteRange::new(0, size))
 }
 
+/// Stores a whole cluster in compressed form.
+async fn write_compressed(chain: &Chain, model: &ModelDisk, at: u64, how: Compression, stamp: u8) {
+    let geometry = chain.top().geometry();
+    let Some(unit) = geometry.encoded_unit.filter(|unit| *unit <= 16384) else { return };
+    let range = ByteRange::new(at / unit * unit, unit).intersect(ByteRange::new(0, geometry.size));
+    let mut cluster = vec![0; unit as usize];
+    cluster[..range.len() as usize].fill(stamp);
+    let Some(encoded) = encode_cluster(how, &cluster) else { return };
+    let issued = model.issue_write(range.offset(), &cluster[..range.len() as usize]);
+    chain.top().write_encoded(range, &encoded).await.expect("compressed write");
+    model.end(issued, false, false);
+}
+
 /// A guest that goes on until the power fails.
-async fn guest(disk: DiskHandle, model: ModelDisk, seed: u64) {
+async fn guest(disk: DiskHandle, chain: Rc<Chain>, model: ModelDisk, how: Compression, seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let size = disk.geometry().size;
     for _ in 0..200 {
         let range = random_range(&mut rng, size);
         let flags = WriteFlags { fua: rng.u8(..10) == 0 };
-        match rng.u8(..10) {
+        match rng.u8(..11) {
+            10 => write_compressed(&chain, &model, range.offset(), how, rng.u8(1..)).await,
             0 => model.flush(&disk).await.expect("flush"),
             1 => model.discard(&disk, range, flags).await.expect("discard"),
             2 => {
@@ -108,8 +130,10 @@ fn one_history(seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let setup = setup(&mut rng);
     let mut memory = MemoryStorage::new(0).aligned(setup.alignment);
+    let mut data = setup.data_file.then(|| MemoryStorage::new(0).aligned(setup.alignment));
     run(seed, async {
-        qcow2::create(&memory.handle(), None, &setup.options).await.expect("create");
+        let data = data.as_ref().map(MemoryStorage::handle);
+        qcow2::create(&memory.handle(), data.as_ref(), &setup.options).await.expect("create");
     });
     let mut model = match &setup.parent {
         Some(parent) => ModelDisk::of(&parent.to_vec()),
@@ -117,22 +141,27 @@ fn one_history(seed: u64) {
     };
     for life in 0..rng.u64(1..4) {
         let storage = CrashStorage::of(memory.clone()).yielding(seed + life);
-        let (disk, _chain) = run(seed, open(storage.handle(), &setup));
+        let data_storage = data.as_ref().map(|data| CrashStorage::of(data.clone()).yielding(seed + life + 1));
+        let data_handle = data_storage.as_ref().map(CrashStorage::handle);
+        let (disk, chain) = run(seed, open(storage.handle(), data_handle, &setup));
         let mut executor = Executor::new(seed ^ life);
         for n in 0..rng.u64(1..6) {
-            executor.spawn(guest(disk.clone(), model.clone(), seed * 31 + life * 7 + n));
+            let (how, seed) = (setup.options.compression, seed * 31 + life * 7 + n);
+            executor.spawn(guest(disk.clone(), Rc::clone(&chain), model.clone(), how, seed));
         }
         let steps = 1u64 << rng.u32(2..13);
         executor.run_steps(rng.u64(..steps));
         memory = storage.crash(seed * 3 + life);
+        data = data_storage.as_ref().map(|data| data.crash(seed * 5 + life));
         // Nobody drops requests at a loss of power; here their futures must go somewhere.
         drop(executor);
-        let report = run(seed, check(&memory.handle(), None, &mut |_, _| {})).expect("check");
+        let data_handle = || data.as_ref().map(MemoryStorage::handle);
+        let report = run(seed, check(&memory.handle(), data_handle().as_ref(), &mut |_, _| {})).expect("check");
         assert_no_corruption(&report, setup.options.lazy_refcounts);
-        if seed % 25 == 0 && !setup.options.lazy_refcounts {
+        if seed % 25 == 0 && !setup.options.lazy_refcounts && data.is_none() {
             judge_with_qemu_img(&memory, &setup);
         }
-        let (disk, chain) = run(seed, open(memory.handle(), &setup));
+        let (disk, chain) = run(seed, open(memory.handle(), data_handle(), &setup));
         model = run(seed, model.check_after_crash(&disk)).expect("read after a crash");
         run(seed, disk::Disk::close(&*chain)).expect("close");
     }
@@ -140,17 +169,18 @@ fn one_history(seed: u64) {
 
 #[test]
 fn loss_of_power_leaves_leaks_at_most() {
-    seeds::each(400, one_history);
+    seeds::each(3000, one_history);
 }
 
 /// Loss of power while the disk grows and shrinks: the size is the old or the new one, and what was added is zero though
 /// a longer parent has bytes there.
 #[test]
 fn loss_of_power_during_a_resize() {
-    seeds::each(150, |seed| {
+    seeds::each(1000, |seed| {
         let mut rng = fastrand::Rng::with_seed(seed);
         let setup = setup(&mut rng);
         let mut options = CreateOptions { lazy_refcounts: false, ..setup.options.clone() };
+        (options.data_file, options.data_file_raw) = (None, false);
         if setup.parent.is_some() {
             options.size = options.size / 1024 * 512;
         }
@@ -160,7 +190,7 @@ fn loss_of_power_during_a_resize() {
         });
         let (old, new) = (options.size, [rng.u64(1..64), rng.u64(2000..80000)][rng.usize(..2)] * 512);
         let storage = CrashStorage::of(memory).yielding(seed);
-        let (disk, chain) = run(seed, open(storage.handle(), &setup));
+        let (disk, chain) = run(seed, open(storage.handle(), None, &setup));
         let kept = ByteRange::new(0, old.min(new).min(8192));
         run(seed, async {
             disk.write(0, Buf::copy_of(&vec![0xab; kept.len() as usize]), WriteFlags { fua: true })
@@ -178,7 +208,7 @@ fn loss_of_power_during_a_resize() {
         drop(executor);
         let report = run(seed, check(&memory.handle(), None, &mut |_, _| {})).expect("check");
         assert_no_corruption(&report, false);
-        let (disk, _) = run(seed, open(memory.handle(), &setup));
+        let (disk, _) = run(seed, open(memory.handle(), None, &setup));
         let size = disk.geometry().size;
         assert!(size == old || size == new, "size {size} is neither {old} nor {new}");
         let bytes = run(seed, disk.read(0, Buf::new(kept.len() as usize))).expect("read");

@@ -111,7 +111,7 @@ fn one_history(seed: u64) {
 
 #[test]
 fn running_out_of_space_loses_nothing_else() {
-    seeds::each(60, one_history);
+    seeds::each(200, one_history);
 }
 
 /// A refcount table that could not be moved must not be written as if it had been.

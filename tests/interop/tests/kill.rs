@@ -3,10 +3,10 @@
 use interop::{Server, assert_no_worse_than_leaks, assert_sound, highwater, missing, python, qemu_img, script};
 use std::time::Duration;
 
-/// How often each image is killed under: `HIGHWATER_CRASH_ROUNDS`, 8 when unset.
+/// How often each image is killed under: `HIGHWATER_CRASH_ROUNDS`, 17 when unset: 51 of all three together.
 fn rounds() -> u64 {
     let set = std::env::var("HIGHWATER_CRASH_ROUNDS").ok();
-    set.map_or(8, |text| text.parse().expect("HIGHWATER_CRASH_ROUNDS is a number"))
+    set.map_or(17, |text| text.parse().expect("HIGHWATER_CRASH_ROUNDS is a number"))
 }
 
 fn kill_rounds(options: &str, serve: &[&str], seed: u64) {

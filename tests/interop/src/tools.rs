@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// What is not there for a test; `None` when all is. `python3-libnbd` stands for Python's module `nbd`.
 ///
@@ -131,8 +132,17 @@ pub fn assert_no_worse_than_leaks(image: &Path) {
     assert!(status == 0 || status == 3, "qemu-img check of {} ended with {status}:\n{text}", image.display());
 }
 
+/// After a kill the kernel holds a process's files, and so their locks, until its last direct requests have ended.
 fn check(image: &Path) -> (i32, String) {
-    run_for_status("qemu-img", &["check", "-f", "qcow2", image.to_str().expect("a path in UTF-8")])
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let (status, text) =
+            run_for_status("qemu-img", &["check", "-f", "qcow2", image.to_str().expect("a path in UTF-8")]);
+        if !text.contains("lock") || Instant::now() > end {
+            return (status, text);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// `qemu-img compare` sees the same bytes and the same size.

@@ -2,8 +2,8 @@
 
 use crate::requests::Requests;
 use disk::{
-    Below, Buf, ByteRange, Disk, DiskExtent, DiskGeometry, LayerHandle, Preallocation, Presence, Result, StorageId,
-    WriteFlags, ZeroMode,
+    Below, Buf, ByteRange, Disk, DiskExtent, DiskGeometry, LayerHandle, Operation, Preallocation, Presence, Result,
+    StorageId, WriteFlags, ZeroMode,
 };
 use formats::Format;
 use std::path::PathBuf;
@@ -103,24 +103,24 @@ impl Disk for Chain {
     }
 
     async fn read(&self, offset: u64, buf: Buf) -> Result<Buf> {
-        let _request = self.requests.enter().await;
+        let _request = self.requests.enter(Operation::Read).await?;
         self.read_through(offset, buf).await
     }
 
     async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
-        let _request = self.requests.enter().await;
+        let _request = self.requests.enter(Operation::Write).await?;
         self.write_top(offset, buf).await?;
         self.finish_write(flags).await
     }
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
-        let _request = self.requests.enter().await;
+        let _request = self.requests.enter(Operation::WriteZeroes).await?;
         self.zero_top(range, mode).await?;
         self.finish_write(flags).await
     }
 
     async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
-        let _request = self.requests.enter().await;
+        let _request = self.requests.enter(Operation::Discard).await?;
         self.discard_top(range).await?;
         self.finish_write(flags).await
     }
@@ -130,7 +130,7 @@ impl Disk for Chain {
     }
 
     async fn map(&self, range: ByteRange) -> Result<DiskExtent> {
-        let _request = self.requests.enter().await;
+        let _request = self.requests.enter(Operation::Map).await?;
         self.map_merged(range).await
     }
 
@@ -139,6 +139,9 @@ impl Disk for Chain {
     }
 
     async fn close(&self) -> Result<()> {
+        // A change of size may be under way that no connection waits for; whoever comes later is refused.
+        let _exclusive = self.requests.exclude().await;
+        self.requests.close();
         // All are closed, also when one fails: the first failure is what the caller gets to know.
         let mut result = Ok(());
         for layer in &self.layers {

@@ -1,5 +1,6 @@
 //! Keeps requests and size changes apart.
 
+use disk::{DiskError, ErrorKind, Operation, Result};
 use event_listener::Event;
 use std::cell::Cell;
 
@@ -10,6 +11,8 @@ use std::cell::Cell;
 pub(crate) struct Requests {
     active: Cell<usize>,
     exclusive: Cell<bool>,
+    /// No request begins any more.
+    closed: Cell<bool>,
     changed: Event,
 }
 
@@ -21,13 +24,30 @@ pub(crate) struct Exclusive<'a>(&'a Requests);
 
 impl Requests {
     /// Registers a request; waits while the size changes.
-    pub(crate) async fn enter(&self) -> Request<'_> {
-        while self.exclusive.get() {
+    ///
+    /// # Errors
+    /// `Closed` when the disk is being closed.
+    pub(crate) async fn enter(&self, operation: Operation) -> Result<Request<'_>> {
+        while self.exclusive.get() && !self.closed.get() {
             // Nothing else runs between the check and the listening, as all is on one thread.
             self.changed.listen().await;
         }
+        if self.closed.get() {
+            return Err(DiskError::new(ErrorKind::Closed, operation));
+        }
         self.active.set(self.active.get() + 1);
-        Request(self)
+        Ok(Request(self))
+    }
+
+    /// Whether the disk is closed, or about to be.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    /// From now on no request begins.
+    pub(crate) fn close(&self) {
+        self.closed.set(true);
+        self.changed.notify(usize::MAX);
     }
 
     /// Holds off new requests and waits for those under way.

@@ -1,7 +1,7 @@
 //! Changing the size.
 
 use crate::Chain;
-use disk::{ByteRange, Preallocation, Result, ZeroMode};
+use disk::{ByteRange, DiskError, ErrorKind, Operation, Preallocation, Result, ZeroMode};
 
 impl Chain {
     /// Changes the top layer's size while no request is under way.
@@ -13,6 +13,9 @@ impl Chain {
     /// Crash: the old size, with zeroes out of reach behind it, or the new size with zeroes in what was added.
     pub(crate) async fn change_size(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         let _exclusive = self.requests.exclude().await;
+        if self.requests.is_closed() {
+            return Err(DiskError::new(ErrorKind::Closed, Operation::Resize));
+        }
         let top = self.top();
         let geometry = top.geometry();
         let old = geometry.size;

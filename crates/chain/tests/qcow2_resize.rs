@@ -171,3 +171,25 @@ fn growth_without_space_can_be_tried_again() {
         });
     }
 }
+
+/// A change of size that nobody waits for is finished before the disk is closed; what comes later is refused.
+#[test]
+fn closing_waits_for_a_change_of_size() {
+    for seed in 0..50 {
+        let mut made = Made::new(1 << 20, &[("cluster_size", "512")], None);
+        made.image = made.image.yielding(seed);
+        run(seed, async {
+            let chain = std::rc::Rc::new(made.open().await);
+            let resize = Disk::resize(&*chain, 64 << 20);
+            let (resized, closed) = futures_util::future::join(resize, Disk::close(&*chain)).await;
+            resized.expect("begun before the close");
+            closed.expect("close");
+            let late = Disk::read(&*chain, 0, Buf::new(512)).await.expect_err("closed");
+            assert_eq!(late.kind(), disk::ErrorKind::Closed);
+            let late = Disk::resize(&*chain, 1 << 20).await.expect_err("closed");
+            assert_eq!(late.kind(), disk::ErrorKind::Closed);
+            assert_eq!(Disk::geometry(&made.open().await).size, 64 << 20);
+            made.assert_sound().await;
+        });
+    }
+}

@@ -146,11 +146,18 @@ impl Socket {
     /// `UnexpectedEof` when the peer closes before.
     pub async fn recv_exact(&self, buf: Buf) -> (io::Result<()>, Buf) {
         let (mut done, mut rest) = (None::<Buf>, buf);
+        // At once: who waits for all of it has seen the beginning, and the rest is nearly always there.
+        let mut at_once = current_core().is_some_and(|core| core.take_inline(rest.len()));
         let result = loop {
             if rest.is_empty() {
                 break Ok(());
             }
-            let (result, mut buf) = self.receive(rest, libc::MSG_WAITALL).await;
+            let (result, mut buf) = if at_once {
+                (io_result(receive_now(&self.fd, &mut rest, 0)), rest)
+            } else {
+                self.receive(rest, libc::MSG_WAITALL).await
+            };
+            at_once = false;
             match result {
                 Ok(0) => {
                     rest = buf;

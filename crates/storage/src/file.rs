@@ -365,7 +365,7 @@ impl Storage for FileStorage {
     async fn set_size(&self, size: u64) -> Result<()> {
         self.is_usable(Operation::Resize)?;
         if self.0.block_device {
-            let found = self.size();
+            let found = self.refresh()?; // It may have been made longer under us (a logical volume, say).
             if size <= found {
                 return Ok(());
             }

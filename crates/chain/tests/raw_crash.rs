@@ -89,12 +89,12 @@ fn a_failed_sync_poisons() {
         disk.write(0, Buf::copy_of(&[1; 512]), none).await.unwrap();
         memory.fail_once(Some(Operation::Flush), 0, ErrorKind::Io);
         assert_eq!(disk.flush().await.unwrap_err().kind(), ErrorKind::Io);
+        assert_eq!(disk.read(0, Buf::new(1)).await.unwrap()[0], 1, "reading goes on");
         let after = [
             disk.flush().await.unwrap_err().kind(),
             disk.write(0, Buf::copy_of(&[1; 512]), none).await.unwrap_err().kind(),
             disk.close().await.unwrap_err().kind(),
         ];
         assert_eq!(after, [ErrorKind::Poisoned; 3], "a later sync would succeed, and lie");
-        assert_eq!(disk.read(0, Buf::new(1)).await.unwrap()[0], 1, "reading goes on");
     });
 }

@@ -29,7 +29,8 @@ const MAPPED_MIN: usize = 256 << 10;
 /// New buffers hold unspecified bytes unless made by [`Buf::zeroed`] or [`Buf::copy_of`]: whoever hands a
 /// buffer on has filled it all.
 pub struct Buf {
-    memory: Arc<Allocation>,
+    /// `None` for a buffer that was made without bytes.
+    memory: Option<Arc<Allocation>>,
     start: usize,
     len: usize,
 }
@@ -155,7 +156,7 @@ impl Buf {
     /// A buffer of `len` bytes with unspecified contents (never uninitialised memory, but perhaps bytes of
     /// an earlier request).
     pub fn new(len: usize) -> Self {
-        Self { memory: Arc::new(Allocation::new(len.max(1))), start: 0, len }
+        Self { memory: (len > 0).then(|| Arc::new(Allocation::new(len))), start: 0, len }
     }
 
     /// A buffer of `len` zero bytes.
@@ -179,7 +180,7 @@ impl Buf {
     #[must_use]
     pub fn split_off(&mut self, at: usize) -> Self {
         assert!(at <= self.len, "split beyond the buffer's end");
-        let tail = Self { memory: Arc::clone(&self.memory), start: self.start + at, len: self.len - at };
+        let tail = Self { memory: self.memory.clone(), start: self.start + at, len: self.len - at };
         self.len = at;
         tail
     }
@@ -198,9 +199,18 @@ impl Buf {
     /// otherwise.
     #[must_use]
     pub fn join(mut self, tail: Self) -> Self {
-        if Arc::ptr_eq(&self.memory, &tail.memory) && self.start + self.len == tail.start {
+        if tail.is_empty() {
+            return self;
+        }
+        if let (Some(memory), Some(of_tail)) = (&self.memory, &tail.memory)
+            && Arc::ptr_eq(memory, of_tail)
+            && self.start + self.len == tail.start
+        {
             self.len += tail.len;
             return self;
+        }
+        if self.is_empty() {
+            return tail;
         }
         let mut whole = Self::new(self.len + tail.len);
         whole[..self.len].copy_from_slice(&self);
@@ -222,16 +232,18 @@ impl Buf {
 impl Deref for Buf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
+        let Some(memory) = &self.memory else { return &[] };
         // SAFETY: `start..start + len` lies inside the allocation (constructors and the splits keep it so),
         // is initialised, and is covered by this `Buf` alone, so nobody writes to it meanwhile.
-        unsafe { std::slice::from_raw_parts(self.memory.base.as_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts(memory.base.as_ptr().add(self.start), self.len) }
     }
 }
 
 impl DerefMut for Buf {
     fn deref_mut(&mut self) -> &mut [u8] {
+        let Some(memory) = &self.memory else { return &mut [] };
         // SAFETY: as in `deref`; `&mut self` makes this the only reference.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.base.as_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(memory.base.as_ptr().add(self.start), self.len) }
     }
 }
 
@@ -284,5 +296,9 @@ mod tests {
     fn large_and_empty() {
         assert_eq!(Buf::zeroed(3 << 20).len(), 3 << 20);
         assert!(Buf::new(0).is_empty());
+        let mut a = Buf::copy_of(b"ab");
+        let b = a.split_off(2);
+        assert_eq!(&a.join(b)[..], b"ab");
+        assert_eq!(&Buf::new(0).join(Buf::copy_of(b"cd"))[..], b"cd");
     }
 }

@@ -2,7 +2,7 @@
 //! `qemu-img` at the end: no errors, no leaks, the same bytes.
 
 use chain::{Chain, LayerInfo};
-use disk::{Buf, ByteRange, Disk, DiskHandle, LayerHandle, WriteFlags, ZeroMode};
+use disk::{Buf, ByteRange, Disk, DiskHandle, LayerHandle, Preallocation, WriteFlags, ZeroMode};
 use formats::Format;
 use formats::qcow2::{self, BackingRef, Compression, CreateOptions, Image, OpenOptions};
 use formats::raw::RawLayer;
@@ -178,6 +178,23 @@ async fn settle_discards(ops: &[Op], disk: &DiskHandle, truth: &mut Truth) {
     }
 }
 
+/// Another size, within twice the first one.
+fn resize(rng: &mut fastrand::Rng, geometry: &mut Geometry, truth: &mut Truth, chain: &Chain, seed: u64) {
+    let old = geometry.options.size;
+    let new = match rng.u8(..3) {
+        0 => rng.u64(1..=old / 512) * 512,
+        _ => old + rng.u64(..=old.min(4 << 20) / 512) * 512,
+    };
+    let how = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full][rng.usize(..4)];
+    let how = if new > old { how } else { Preallocation::Off };
+    if std::env::var_os("HIGHWATER_SEED").is_some() {
+        eprintln!("resize {old} to {new}, {how:?}");
+    }
+    run(seed, chain.resize_with(new, how)).expect("resize");
+    geometry.options.size = new;
+    truth.0.resize(new as usize, 0);
+}
+
 fn assert_same(now: &[u8], truth: &[u8], offset: u64) {
     if let Some(at) = now.iter().zip(truth).position(|(a, b)| a != b) {
         panic!("byte {:#x} is {:#x}, expected {:#x}", offset + at as u64, now[at], truth[at]);
@@ -209,9 +226,10 @@ fn judge(files: &Files, truth: &Truth) {
 
 fn one_image(seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let geometry = geometry(&mut rng);
+    let mut geometry = geometry(&mut rng);
     let size = geometry.options.size;
-    let storage = |yields: u64| MemoryStorage::new(0).aligned(geometry.alignment).yielding(yields);
+    let alignment = geometry.alignment;
+    let storage = |yields: u64| MemoryStorage::new(0).aligned(alignment).yielding(yields);
     let files = Files {
         image: storage(seed),
         data: geometry.options.data_file.as_ref().map(|_| storage(seed + 1)),
@@ -241,6 +259,9 @@ fn one_image(seed: u64) {
     for life in 0..rng.u64(1..4) {
         let (disk, chain) = run(seed + life, files.open());
         for round in 0..rng.u64(1..16) {
+            if rng.u8(..8) == 0 {
+                resize(&mut rng, &mut geometry, &mut truth, &chain, seed ^ round);
+            }
             let ops = batch(&mut rng, &geometry, &mut truth, &chain);
             if std::env::var_os("HIGHWATER_SEED").is_some() {
                 eprintln!("life {life} round {round}: {ops:x?}");
@@ -265,7 +286,7 @@ fn one_image(seed: u64) {
             });
         }
         run(seed, async {
-            let now = disk.read(0, Buf::new(size as usize)).await.expect("read");
+            let now = disk.read(0, Buf::new(truth.0.len())).await.expect("read");
             assert_same(&now, &truth.0, 0);
             Disk::close(&*chain).await.expect("close");
         });
@@ -275,5 +296,5 @@ fn one_image(seed: u64) {
 
 #[test]
 fn random_operations_judged_by_qemu_img() {
-    seeds::each(60, one_image);
+    seeds::each(80, one_image);
 }

@@ -1,12 +1,20 @@
 //! The client of the daemon's API, over its unix socket.
 
-use crate::types::{DiskList, ErrorBody, ExportQuery, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo};
+use crate::types::{
+    DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo,
+};
 use engine::images::report::ImageInfo;
-use engine::{DiskSpec, DiskStatus, ExportSpec, ExportStatus, JobKind, JobStatus};
+use engine::{DiskSpec, DiskStatus, Event, ExportSpec, ExportStatus, JobKind, JobStatus};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long an answer to a question may take. Changes take as long as they take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// No event is longer.
+const LONGEST_EVENT: usize = 1 << 20;
 
 /// A failed call.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +38,12 @@ pub enum ClientError {
         status: u16,
         /// What the daemon said.
         body: ErrorBody,
+    },
+    /// The socket is there, but nobody answers.
+    #[error("no answer on {} within {} seconds; is it a highwater daemon's API socket?", socket.display(), PATIENCE.as_secs())]
+    Silent {
+        /// The socket.
+        socket: PathBuf,
     },
     /// The talk broke off, or the answer was not understood.
     #[error("the daemon's answer on {} was not understood", socket.display())]
@@ -109,15 +123,34 @@ impl Client {
         self.send(self.request(Method::POST, &disk_path(disk, "/exports")).json(spec)).await
     }
 
-    /// Closes one export, or all of a disk.
-    pub async fn remove_exports(&self, disk: &str, name: Option<&str>) -> Result<()> {
-        let query = ExportQuery { name: name.map(str::to_owned) };
-        self.done(self.request(Method::DELETE, &with_query(&disk_path(disk, "/exports"), &query))).await
+    /// Tries again to open a disk, or its exports, that could not be opened.
+    pub async fn open_disk(&self, name: &str) -> Result<DiskStatus> {
+        self.send(self.request(Method::POST, &disk_path(name, "/open"))).await
+    }
+
+    /// Closes one export of a disk.
+    pub async fn remove_export(&self, disk: &str, name: &str) -> Result<()> {
+        self.remove_exports(disk, &ExportQuery { name: Some(name.to_owned()), all: false }).await
+    }
+
+    /// Closes all exports of a disk.
+    pub async fn remove_all_exports(&self, disk: &str) -> Result<()> {
+        self.remove_exports(disk, &ExportQuery { name: None, all: true }).await
+    }
+
+    async fn remove_exports(&self, disk: &str, query: &ExportQuery) -> Result<()> {
+        self.done(self.request(Method::DELETE, &with_query(&disk_path(disk, "/exports"), query))).await
     }
 
     /// An image's facts.
     pub async fn info(&self, disk: &str) -> Result<ImageInfo> {
         self.get(&disk_path(disk, "/info")).await
+    }
+
+    /// The facts of a disk's image and of all images below it, top first.
+    pub async fn chain(&self, disk: &str) -> Result<Vec<ImageInfo>> {
+        let ImageChain { images } = self.get(&disk_path(disk, "/chain")).await?;
+        Ok(images)
     }
 
     /// A part of a disk's map.
@@ -145,9 +178,26 @@ impl Client {
         self.get(&format!("/v1/jobs/{id}")).await
     }
 
-    /// Asks a job to stop, or forgets one that has ended.
+    /// Asks a running job to stop.
     pub async fn cancel_job(&self, id: u64) -> Result<()> {
+        self.done(self.request(Method::POST, &format!("/v1/jobs/{id}/cancel"))).await
+    }
+
+    /// Forgets a job that has ended.
+    pub async fn forget_job(&self, id: u64) -> Result<()> {
         self.done(self.request(Method::DELETE, &format!("/v1/jobs/{id}"))).await
+    }
+
+    /// The counters, in OpenMetrics' text format.
+    pub async fn metrics(&self) -> Result<String> {
+        let answer = self.answer(self.request(Method::GET, "/metrics").timeout(PATIENCE)).await?;
+        answer.text().await.map_err(|source| self.broken(source))
+    }
+
+    /// What happens from now on.
+    pub async fn events(&self) -> Result<EventStream> {
+        let response = self.answer(self.request(Method::GET, "/v1/events")).await?;
+        Ok(EventStream { response, socket: self.socket.clone(), bytes: Vec::new() })
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -155,7 +205,7 @@ impl Client {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        self.send(self.request(Method::GET, path)).await
+        self.send(self.request(Method::GET, path).timeout(PATIENCE)).await
     }
 
     async fn send<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T> {
@@ -187,7 +237,40 @@ impl Client {
     }
 
     fn broken(&self, source: reqwest::Error) -> ClientError {
+        if source.is_timeout() {
+            return ClientError::Silent { socket: self.socket.clone() };
+        }
         ClientError::Broken { socket: self.socket.clone(), source }
+    }
+}
+
+/// Events as the daemon sends them.
+#[derive(Debug)]
+pub struct EventStream {
+    response: Response,
+    socket: PathBuf,
+    /// What has arrived and belongs to no whole line yet.
+    bytes: Vec<u8>,
+}
+
+impl EventStream {
+    /// Waits for the next event; `None` when the daemon ends. Events of kinds that this client does not know are
+    /// left out.
+    pub async fn next(&mut self) -> Result<Option<Event>> {
+        loop {
+            while let Some(end) = self.bytes.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.bytes.drain(..=end).collect();
+                let event = line.strip_prefix(b"data:").and_then(|data| serde_json::from_slice(data).ok());
+                if event.is_some() {
+                    return Ok(event);
+                }
+            }
+            let broken = |source| ClientError::Broken { socket: self.socket.clone(), source };
+            match self.response.chunk().await.map_err(broken)? {
+                Some(chunk) if self.bytes.len() + chunk.len() <= LONGEST_EVENT => self.bytes.extend_from_slice(&chunk),
+                _ => return Ok(None),
+            }
+        }
     }
 }
 
@@ -227,7 +310,8 @@ mod tests {
     fn paths() {
         assert_eq!(disk_path("a/../b", "/map"), "/v1/disks/a%2F..%2Fb/map");
         assert_eq!(with_query("/x", &MapQuery { start: 5, length: None }), "/x?start=5");
-        assert_eq!(with_query("/x", &ExportQuery { name: Some("a&b".into()) }), "/x?name=a%26b");
+        assert_eq!(with_query("/x", &ExportQuery { name: Some("a&b".into()), all: false }), "/x?name=a%26b");
+        assert_eq!(with_query("/x", &ExportQuery { name: None, all: true }), "/x?all=true");
         assert_eq!(with_query("/x", &ExportQuery::default()), "/x");
     }
 }

@@ -6,7 +6,7 @@
 mod client;
 mod types;
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, EventStream};
 pub use engine::images::report::{
     BitmapInfo, CheckReport, CompareReport, ConvertReport, FormatSpecific, ImageInfo, MapEntry, MeasureReport,
     Qcow2Info, SnapshotInfo,
@@ -16,6 +16,6 @@ pub use engine::{
     JobStatus, TlsSpec,
 };
 pub use types::{
-    DiskList, ErrorBody, ExportQuery, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo, default_socket,
-    runtime_directory,
+    DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo,
+    default_socket, runtime_directory, socket_to_try,
 };

@@ -1,6 +1,7 @@
 //! Bodies and queries that only HTTP has.
 
-use engine::images::report::MapEntry;
+use engine::images::report::{ImageInfo, MapEntry};
+use engine::images::request::PreallocationMode;
 use engine::{DiskStatus, JobStatus};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -52,7 +53,7 @@ pub struct JobList {
 
 /// Which part of a disk to map.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
-#[serde(rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 #[into_params(parameter_in = Query)]
 pub struct MapQuery {
     /// First byte; 0 when absent.
@@ -75,35 +76,65 @@ pub struct MapReply {
     pub next: Option<u64>,
 }
 
-/// Which export to close.
+/// Which export to close: one by its name, or all, which has to be said.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct ExportQuery {
-    /// The export's name; all exports of the disk when absent.
+    /// The export's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// All exports of the disk.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub all: bool,
+}
+
+/// An image and all below it, top first.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ImageChain {
+    /// The images' facts.
+    pub images: Vec<ImageInfo>,
 }
 
 /// A new size.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ResizeRequest {
-    /// Bytes; a multiple of 512.
+    /// Bytes; rounded up to a multiple of 512 where the format counts in sectors.
     pub size: u64,
     /// Whether the disk may lose bytes at its end.
     #[serde(default)]
     pub shrink: bool,
+    /// How much to set aside when it grows.
+    #[serde(default)]
+    pub preallocation: PreallocationMode,
 }
+
+/// Where sockets of a daemon live that belongs to no user's session.
+const SYSTEM_DIRECTORY: &str = "/run/highwater";
 
 /// Where sockets of this user's daemon live: `$XDG_RUNTIME_DIR/highwater`, or `/run/highwater`.
 pub fn runtime_directory() -> PathBuf {
     match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(dir) if !dir.is_empty() => PathBuf::from(dir).join("highwater"),
-        _ => PathBuf::from("/run/highwater"),
+        _ => PathBuf::from(SYSTEM_DIRECTORY),
     }
 }
 
-/// The API socket when none is named.
+/// The API socket that a daemon makes when none is named.
 pub fn default_socket() -> PathBuf {
     runtime_directory().join("api.sock")
+}
+
+/// Where a client looks for a daemon when no socket is named: `$HIGHWATER_API`, or this user's daemon, or the system's.
+/// The first of these that is there, or the first.
+pub fn socket_to_try() -> PathBuf {
+    match std::env::var_os("HIGHWATER_API") {
+        Some(socket) if !socket.is_empty() => PathBuf::from(socket),
+        _ => {
+            let own = default_socket();
+            let system = PathBuf::from(SYSTEM_DIRECTORY).join("api.sock");
+            if !own.exists() && system.exists() { system } else { own }
+        }
+    }
 }

@@ -1,13 +1,10 @@
 //! The list of disks that survives a restart: one JSON file in the state directory, replaced as a whole.
-//!
-//! A new version is written beside the old one, synced, renamed over it, and the directory synced: after a
-//! crash the file is the old or the new list, never something between.
 
-use crate::{DiskSpec, EngineError};
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, fsync, open};
+use crate::{DiskSpec, EngineError, durable_file};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -26,7 +23,6 @@ struct Contents {
 #[derive(Debug)]
 pub struct Catalogue {
     file: PathBuf,
-    directory: PathBuf,
     /// Held while the daemon lives, so that two daemons never share a catalogue.
     _lock: OwnedFd,
 }
@@ -43,11 +39,14 @@ impl Catalogue {
         let lock_file = directory.join("lock");
         let lock = open(&lock_file, OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
             .map_err(|e| EngineError::file(&lock_file, "open the lock", e.into()))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| EngineError::Catalogue {
-            file: directory.to_owned(),
-            reason: "another daemon uses this state directory; stop it or give another with --state".to_owned(),
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|e| match e {
+            rustix::io::Errno::WOULDBLOCK => EngineError::Catalogue {
+                file: directory.to_owned(),
+                reason: "another daemon uses this state directory; stop it or give another with --state".to_owned(),
+            },
+            other => EngineError::file(&lock_file, "lock", other.into()),
         })?;
-        let catalogue = Self { file: directory.join("catalogue.json"), directory: directory.to_owned(), _lock: lock };
+        let catalogue = Self { file: directory.join("catalogue.json"), _lock: lock };
         let disks = catalogue.read()?;
         Ok((catalogue, disks))
     }
@@ -87,14 +86,7 @@ impl Catalogue {
     fn try_replace(&self, disks: Vec<DiskSpec>) -> io::Result<()> {
         let mut bytes = serde_json::to_vec_pretty(&Contents { version: VERSION, disks })?;
         bytes.push(b'\n');
-        let fresh = self.file.with_extension("json.tmp");
-        let mut file = File::create(&fresh)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        fs::rename(&fresh, &self.file)?;
-        let directory = open(&self.directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        fsync(directory)?;
-        Ok(())
+        durable_file::replace(&self.file, &bytes)
     }
 }
 

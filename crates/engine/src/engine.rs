@@ -1,16 +1,17 @@
 //! The engine: disks by name, each with its home thread and its exports.
 
-use crate::exports::{OpenExport, Servers};
+use crate::exports::{DefaultSocket, OpenExport, Servers};
 use crate::home::{DiskId, Home};
+use crate::images::live::LiveDisk;
 use crate::images::report::{ImageInfo, MapEntry};
-use crate::images::request::SourceSpec;
+use crate::images::request::{NewSize, PreallocationMode, SourceSpec};
 use crate::images::stack::{OpenRequest, Stack};
-use crate::images::{self, Workshop};
+use crate::images::{self, Progress, Workshop};
 use crate::jobs::{JobKind, JobStatus, Jobs};
 use crate::metrics::{self, ExportCounters};
 use crate::{
-    Catalogue, DiskSpec, DiskState, DiskStatus, EngineError, Event, ExportSpec, ExportStatus, Format, chain_text,
-    format_policy,
+    Catalogue, DiskSpec, DiskState, DiskStatus, EngineError, Event, ExportSpec, ExportStatus, Format, ImageSpec,
+    JobState, SocketAccess, chain_text, format_policy,
 };
 use dataplane::{Backend, IoThreads, IoThreadsConfig};
 use disk::ByteRange;
@@ -19,11 +20,15 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 /// Events that a reader may fall behind before it is cut off.
 const EVENTS_BEHIND: usize = 1024;
 /// Disks that one daemon takes.
 const MOST_DISKS: usize = 4096;
+/// How long jobs are waited for when the daemon ends, and how often they are looked at.
+const JOBS_GRACE: Duration = Duration::from_secs(20);
+const JOBS_LOOK: Duration = Duration::from_millis(10);
 
 /// How an engine is started.
 #[derive(Clone, Debug)]
@@ -36,6 +41,8 @@ pub struct EngineConfig {
     pub state: Option<PathBuf>,
     /// Unix socket of exports that name no address.
     pub nbd_socket: PathBuf,
+    /// Who may connect to it.
+    pub nbd_socket_access: SocketAccess,
 }
 
 /// A disk's facts since it was opened.
@@ -57,9 +64,17 @@ struct Entry {
     spec: DiskSpec,
     phase: Phase,
     exports: Vec<OpenExport>,
+    /// Whether the catalogue has it, or is to have it: not before it has been opened once.
+    listed: bool,
+    /// Whether it stays as long as the process lives.
+    pinned: bool,
 }
 
 impl Entry {
+    fn opening(spec: DiskSpec, listed: bool) -> Self {
+        Self { spec, phase: Phase::Opening, exports: Vec::new(), listed, pinned: false }
+    }
+
     fn status(&self) -> DiskStatus {
         let (state, error, facts) = match &self.phase {
             Phase::Opening => (DiskState::Opening, None, None),
@@ -86,7 +101,6 @@ pub struct Engine {
     disks: Mutex<BTreeMap<String, Entry>>,
     next_id: AtomicU64,
     servers: Servers,
-    nbd_socket: PathBuf,
     subscribers: Mutex<Vec<mpsc::Sender<Event>>>,
     jobs: Jobs,
 }
@@ -104,22 +118,28 @@ impl Engine {
             Some(directory) => Catalogue::open(directory).map(|(c, specs)| (Some(c), specs))?,
             None => (None, Vec::new()),
         };
+        let jobs = match &config.state {
+            Some(directory) => Jobs::open(directory)?,
+            None => Jobs::default(),
+        };
         let engine = Arc::new(Self {
             threads,
             catalogue: Mutex::new(catalogue),
             disks: Mutex::default(),
             next_id: AtomicU64::new(1),
-            servers: Servers::default(),
-            nbd_socket: config.nbd_socket,
+            servers: Servers::new(DefaultSocket { path: config.nbd_socket, access: config.nbd_socket_access }),
             subscribers: Mutex::default(),
-            jobs: Jobs::default(),
+            jobs,
         });
         // All are listed before the first is opened, so that a change of the catalogue meanwhile keeps them.
         for spec in &specs {
-            let entry = Entry { spec: spec.clone(), phase: Phase::Opening, exports: Vec::new() };
-            engine.disks().insert(spec.name.clone(), entry);
+            engine.disks().insert(spec.name.clone(), Entry::opening(spec.clone(), true));
         }
         futures_util::future::join_all(specs.iter().map(|spec| engine.reopen(spec))).await;
+        if engine.disks().values().map(|entry| &entry.spec).ne(&specs) {
+            // Formats were decided that the catalogue does not have yet.
+            engine.save()?;
+        }
         Ok(engine)
     }
 
@@ -133,7 +153,7 @@ impl Engine {
             Ok((home, facts)) => Phase::Open { home, facts },
             Err(e) => {
                 let error = chain_text(&e);
-                tracing::error!(disk = spec.name, error, "a disk of the catalogue could not be opened");
+                tracing::info!(disk = spec.name, error, "a disk of the catalogue could not be opened");
                 self.tell(Event::DiskFailed { disk: spec.name.clone(), error: error.clone() });
                 Phase::Failed(error)
             }
@@ -148,7 +168,7 @@ impl Engine {
                 exports.push(match self.open_export(&spec.name, export, &home).await {
                     Ok(export) => export,
                     Err(e) => {
-                        tracing::error!(disk = spec.name, error = chain_text(&e), "an export could not be opened");
+                        tracing::info!(disk = spec.name, error = chain_text(&e), "an export could not be opened");
                         OpenExport::failed(&spec.name, export, chain_text(&e))
                     }
                 });
@@ -156,6 +176,9 @@ impl Engine {
             self.tell(Event::DiskOpened { disk: spec.name.clone() });
         }
         if let Some(entry) = self.disks().get_mut(&spec.name) {
+            if let Phase::Open { facts, .. } = &phase {
+                entry.spec.image.format = Some(facts.format);
+            }
             entry.phase = phase;
             entry.exports = exports;
         }
@@ -170,7 +193,7 @@ impl Engine {
         let catalogue = self.catalogue.lock().expect("no panic while the catalogue is locked");
         let Some(catalogue) = catalogue.as_ref() else { return Ok(()) };
         // Collected under the catalogue's lock, so that an older list never replaces a newer one.
-        let specs = self.disks().values().map(|entry| entry.spec.clone()).collect();
+        let specs = self.disks().values().filter(|entry| entry.listed).map(|entry| entry.spec.clone()).collect();
         catalogue.replace(specs)
     }
 
@@ -213,7 +236,7 @@ impl Engine {
     }
 
     async fn open_export(&self, disk: &str, spec: &ExportSpec, home: &Home) -> Result<OpenExport, EngineError> {
-        self.servers.open(&self.threads, &self.nbd_socket, disk, spec, home).await
+        self.servers.open(&self.threads, disk, spec, home).await
     }
 
     /// Opens a disk and its exports, and enters it into the catalogue. All or nothing.
@@ -231,8 +254,7 @@ impl Engine {
             if disks.len() >= MOST_DISKS {
                 return Err(EngineError::Invalid(format!("there are {MOST_DISKS} disks, which is the most")));
             }
-            let entry = Entry { spec: spec.clone(), phase: Phase::Opening, exports: Vec::new() };
-            disks.insert(name.clone(), entry);
+            disks.insert(name.clone(), Entry::opening(spec.clone(), false));
         }
         match self.try_add(&spec).await {
             Ok(status) => {
@@ -258,7 +280,15 @@ impl Engine {
                 }
             }
         }
+        if let Some(entry) = self.disks().get_mut(&spec.name) {
+            // From now on the format is what it was taken for: a guest may write what looks like another one.
+            entry.spec.image.format = Some(facts.format);
+            entry.listed = true;
+        }
         if let Err(e) = self.save() {
+            if let Some(entry) = self.disks().get_mut(&spec.name) {
+                entry.listed = false;
+            }
             self.undo(&home, exports).await;
             return Err(e);
         }
@@ -267,6 +297,60 @@ impl Engine {
         entry.phase = Phase::Open { home, facts };
         entry.exports = exports;
         Ok(entry.status())
+    }
+
+    /// Tries again to open a disk that could not be opened, or those of its exports that could not be.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchDisk`], [`EngineError::Busy`]; when the disk cannot be opened now either.
+    pub async fn open_again(&self, name: &str) -> Result<DiskStatus, EngineError> {
+        enum Again {
+            Disk(DiskSpec),
+            Exports(Home, Vec<ExportSpec>),
+        }
+        let again = {
+            let mut disks = self.disks();
+            let entry = disks.get_mut(name).ok_or_else(|| EngineError::NoSuchDisk(name.to_owned()))?;
+            if let Some(busy) = busy(name, &entry.phase) {
+                return Err(busy);
+            }
+            if let Phase::Open { home, .. } = &entry.phase {
+                let failed = entry.exports.iter().filter(|e| e.status.error.is_some());
+                Again::Exports(home.clone(), failed.map(|e| e.status.spec.clone()).collect())
+            } else {
+                entry.phase = Phase::Opening;
+                Again::Disk(entry.spec.clone())
+            }
+        };
+        match again {
+            Again::Disk(spec) => {
+                self.reopen(&spec).await;
+                if let Err(e) = self.save() {
+                    tracing::warn!(disk = name, error = chain_text(&e), "the decided format is not in the catalogue");
+                }
+                self.home(name)?;
+            }
+            Again::Exports(home, specs) => {
+                for spec in specs {
+                    let export = self.open_export(name, &spec, &home).await?;
+                    let mut disks = self.disks();
+                    let place = disks.get_mut(name).and_then(|entry| {
+                        entry.exports.iter_mut().find(|e| e.status.spec == spec && e.status.error.is_some())
+                    });
+                    if let Some(place) = place {
+                        *place = export;
+                    }
+                }
+            }
+        }
+        self.disk(name)
+    }
+
+    /// Makes a disk stay as long as the process lives.
+    pub fn pin(&self, name: &str) {
+        if let Some(entry) = self.disks().get_mut(name) {
+            entry.pinned = true;
+        }
     }
 
     async fn undo(&self, home: &Home, exports: Vec<OpenExport>) {
@@ -302,6 +386,9 @@ impl Engine {
             let entry = disks.get_mut(name).ok_or_else(|| EngineError::NoSuchDisk(name.to_owned()))?;
             if let Some(busy) = busy(name, &entry.phase) {
                 return Err(busy);
+            }
+            if entry.pinned {
+                return Err(EngineError::Pinned(name.to_owned()));
             }
             let home = match std::mem::replace(&mut entry.phase, Phase::Closing) {
                 Phase::Open { home, .. } => Some(home),
@@ -419,6 +506,33 @@ impl Engine {
         .await
     }
 
+    /// The facts of a disk's image and of all images below it, top first.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchDisk`], or when an image cannot be read.
+    pub async fn info_of_chain(&self, name: &str) -> Result<Vec<ImageInfo>, EngineError> {
+        let (home, facts) = self.home(name)?;
+        let image = ImageSpec { format: Some(facts.format), ..self.disk(name)?.spec.image };
+        home.with(move |stack| async move {
+            let mut all = Vec::new();
+            let mut next = Some(&image);
+            while let Some(image) = next {
+                let source = SourceSpec { force_share: true, ..SourceSpec::of(&image.file, image.format) };
+                // A parent that the disk's description names stands in for the one that the image names.
+                match &image.parent {
+                    Some(_) => all.push(images::info::info(&source).await?),
+                    None => all.extend(images::info::chain(&source).await?),
+                }
+                next = image.parent.as_deref();
+            }
+            if let Some(top) = all.first_mut() {
+                top.virtual_size = stack.disk().geometry().size;
+            }
+            Ok(all)
+        })
+        .await
+    }
+
     /// Runs of bytes of the disk, up to `most`; and where to ask on, when there are more.
     ///
     /// # Errors
@@ -437,13 +551,18 @@ impl Engine {
     ///
     /// # Errors
     /// When it would shrink without `shrink`, or the image cannot have that size.
-    pub async fn resize(&self, name: &str, size: u64, shrink: bool) -> Result<DiskStatus, EngineError> {
+    pub async fn resize(
+        &self,
+        name: &str,
+        size: NewSize,
+        shrink: bool,
+        preallocation: PreallocationMode,
+    ) -> Result<DiskStatus, EngineError> {
         let (home, _) = self.home(name)?;
         let id = home.id;
         let size = home
             .with(move |stack| async move {
-                images::resize::require_shrink_wanted(stack.disk().geometry().size, size, shrink)?;
-                stack.disk().resize(size).await?;
+                images::resize::change(&stack, size, shrink, preallocation, &Progress::new()).await?;
                 Ok(stack.disk().geometry().size)
             })
             .await?;
@@ -464,11 +583,21 @@ impl Engine {
     /// Enters a job; the returned future does it, and is to be run to its end.
     ///
     /// # Errors
-    /// When too many are running.
+    /// When the description makes no sense, a file in it is the image of an open disk, or too many are running.
     pub fn begin_job(
         self: &Arc<Self>,
         kind: JobKind,
     ) -> Result<(JobStatus, impl Future<Output = ()> + Send + use<>), EngineError> {
+        let mut kind = kind;
+        kind.validate()?;
+        self.refuse_images_of_disks(&kind)?;
+        for source in kind.sources_mut() {
+            if let Some(name) = &source.disk {
+                let (home, facts) = self.home(name)?;
+                let file = self.disk(name)?.spec.image.file;
+                source.live = Some(LiveDisk { home, name: name.clone(), file, size: facts.size });
+            }
+        }
         let (status, work) = self.jobs.begin(kind, self.workshop())?;
         let (id, this) = (status.id, Arc::clone(self));
         self.tell(Event::Job { id, state: status.state });
@@ -478,6 +607,37 @@ impl Engine {
                 this.tell(Event::Job { id, state: end.state });
             }
         }))
+    }
+
+    /// Says which disk holds a file, which is more than the lock can tell.
+    fn refuse_images_of_disks(&self, kind: &JobKind) -> Result<(), EngineError> {
+        let same = |a: &PathBuf, b: &PathBuf| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        for file in kind.files_to_lock() {
+            let disks = self.disks();
+            let holder = disks
+                .iter()
+                .find(|(_, entry)| matches!(entry.phase, Phase::Open { .. }) && same(&entry.spec.image.file, &file));
+            if let Some((name, entry)) = holder
+                && !entry.status().read_only
+            {
+                return Err(EngineError::HeldByDisk { file, disk: name.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells how far a job is; `false` when it has ended.
+    pub fn tell_job_progress(&self, id: u64) -> bool {
+        match self.jobs.show(id) {
+            Ok(job) if job.state == JobState::Running => {
+                let (percent, done, total, unit) = (job.percent, job.done, job.total, job.unit);
+                if total > 0 {
+                    self.tell(Event::JobProgress { id, percent, done, total, unit });
+                }
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Work on image files, on this engine's threads.
@@ -514,12 +674,26 @@ impl Engine {
         metrics::text(&self.disks_status(), &exports, self.jobs.running())
     }
 
-    /// Drains and closes exports, flushes and closes disks. The catalogue keeps them.
+    /// Stops all jobs and waits until they have ended, or for 20 seconds.
+    async fn end_jobs(&self) {
+        self.jobs.interrupt_all();
+        let mut waited = Duration::ZERO;
+        while self.jobs.running() > 0 && waited < JOBS_GRACE {
+            // In the blocking pool, because a job may keep an I/O thread busy.
+            dataplane::offload(|| std::thread::sleep(JOBS_LOOK)).await;
+            waited += JOBS_LOOK;
+        }
+        for job in self.jobs.all().iter().filter(|job| job.state == JobState::Running) {
+            tracing::warn!(job = job.id, "this job did not stop in time");
+        }
+    }
+
+    /// Stops jobs, drains and closes exports, flushes and closes disks. The catalogue keeps them.
     ///
     /// # Errors
     /// When a disk could not be flushed and closed; all others are closed all the same.
     pub async fn shut_down(&self) -> Result<(), EngineError> {
-        self.jobs.cancel_all();
+        self.end_jobs().await;
         let entries: Vec<(String, Option<Home>, Vec<OpenExport>)> = self
             .disks()
             .iter_mut()

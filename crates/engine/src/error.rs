@@ -1,7 +1,10 @@
 //! What can go wrong in the control path.
 
 use disk::DiskError;
+use std::fmt;
+use std::fs::FileType;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 /// A failed operation of the engine. Texts name the object, what was expected, what was found and the next
@@ -26,12 +29,26 @@ pub enum EngineError {
         state: &'static str,
     },
     /// The disk is known but could not be opened.
-    #[error("disk {name:?} is not open: {error}; remove it and add it again when that is mended")]
+    #[error("disk {name:?} is not open ({error}); when that is mended, open it with `highwater disk open {name}`")]
     NotOpen {
         /// The disk.
         name: String,
         /// Why.
         error: String,
+    },
+    /// The disk is what `highwater serve` was started for.
+    #[error("disk {0:?} is what this `highwater serve` serves; end that process instead")]
+    Pinned(String),
+    /// A file that work is to be done on is the image of a disk.
+    #[error(
+        "{} is the image of disk {disk:?}, which is open; remove the disk first, or name the disk instead of the file",
+        file.display()
+    )]
+    HeldByDisk {
+        /// The file.
+        file: PathBuf,
+        /// The disk.
+        disk: String,
     },
     /// No export of that name.
     #[error("disk {disk:?} has no export {export:?}")]
@@ -41,12 +58,24 @@ pub enum EngineError {
         /// The export asked for.
         export: String,
     },
+    /// Neither one export nor all were named.
+    #[error("which export of disk {0:?} is to be closed is not said: give its name, or say that all are meant")]
+    WhichExport(String),
     /// Nothing is served there.
     #[error("nothing is served at this path with this method; see /openapi.json")]
     NoSuchPath,
     /// No job of that number.
     #[error("there is no job {0}; it may have ended long ago")]
     NoSuchJob(u64),
+    /// The job has ended.
+    #[error("job {0} has ended already; forget it with `highwater job forget {0}`")]
+    JobEnded(u64),
+    /// The job is at work.
+    #[error("job {0} is running; stop it with `highwater job cancel {0}` first")]
+    JobRunning(u64),
+    /// Too many jobs.
+    #[error("{0} jobs are running, which is the most; try again when one has ended")]
+    TooManyJobs(usize),
     /// The export's name is taken on that address.
     #[error("there is an export {export:?} on {endpoint} already; give another name or address")]
     ExportExists {
@@ -68,6 +97,12 @@ pub enum EngineError {
     #[error("{endpoint} is open already with other TLS settings; give the same ones or another address")]
     TlsDiffers {
         /// The address.
+        endpoint: String,
+    },
+    /// The same socket was asked for with another mode or group.
+    #[error("{endpoint} is open already with another mode or group; give the same ones or another socket")]
+    SocketDiffers {
+        /// The socket.
         endpoint: String,
     },
     /// Certificates cannot be used.
@@ -92,6 +127,20 @@ pub enum EngineError {
     FormatDoubtful {
         /// The file.
         file: PathBuf,
+    },
+    /// The format is said to be qcow2, and the content is not.
+    #[error("{}: is not a qcow2 image: it does not begin like one; give -f raw if it is a raw image", file.display())]
+    NotQcow2 {
+        /// The file.
+        file: PathBuf,
+    },
+    /// A directory, pipe, socket or the like.
+    #[error("{}: is {found}; an image is a regular file or a block device", file.display())]
+    NotAnImageFile {
+        /// What was named.
+        file: PathBuf,
+        /// What it is.
+        found: FileKind,
     },
     /// A request that contradicts itself or the rules.
     #[error("{0}")]
@@ -130,6 +179,32 @@ pub enum EngineError {
     /// The disk's I/O threads could not be started.
     #[error("cannot start the i/o threads")]
     Threads(#[source] io::Error),
+}
+
+/// What a path leads to when it is no image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileKind(&'static str);
+
+impl From<FileType> for FileKind {
+    fn from(kind: FileType) -> Self {
+        Self(if kind.is_dir() {
+            "a directory"
+        } else if kind.is_fifo() {
+            "a pipe"
+        } else if kind.is_socket() {
+            "a socket"
+        } else if kind.is_char_device() {
+            "a character device"
+        } else {
+            "something else"
+        })
+    }
+}
+
+impl fmt::Display for FileKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
 }
 
 /// A class of errors, for programs.
@@ -187,9 +262,18 @@ impl EngineError {
             Self::DiskExists(_)
             | Self::Busy { .. }
             | Self::NotOpen { .. }
+            | Self::Pinned(_)
+            | Self::JobEnded(_)
+            | Self::JobRunning(_)
+            | Self::TooManyJobs(_)
             | Self::ExportExists { .. }
+            | Self::SocketDiffers { .. }
             | Self::TlsDiffers { .. } => ErrorClass::Conflict,
+            Self::HeldByDisk { .. } => ErrorClass::InUse,
             Self::BadName(_)
+            | Self::WhichExport(_)
+            | Self::NotQcow2 { .. }
+            | Self::NotAnImageFile { .. }
             | Self::FormatUnknown { .. }
             | Self::FormatDoubtful { .. }
             | Self::Invalid(_)
@@ -213,6 +297,23 @@ impl EngineError {
                 _ => ErrorClass::Failed,
             },
             Self::Catalogue { .. } | Self::ThreadGone | Self::Threads(_) => ErrorClass::Failed,
+        }
+    }
+}
+
+impl EngineError {
+    /// What to do next, where that is known and not part of the text.
+    pub fn next_step(&self) -> Option<String> {
+        match self.class() {
+            ErrorClass::Corrupt => {
+                let file = match self {
+                    Self::Disk(error) => error.object().unwrap_or("FILE"),
+                    _ => "FILE",
+                };
+                Some(format!("run `highwater check {file}` while nobody uses it"))
+            }
+            ErrorClass::NoSpace => Some("make room and try again".to_owned()),
+            _ => None,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Exports of different disks share an address; it is opened with its first export and closed with its last.
 
 use crate::home::Home;
-use crate::{EngineError, ExportSpec, ExportStatus, TlsSpec};
+use crate::{EngineError, ExportSpec, ExportStatus, SocketAccess, TlsSpec};
 use async_lock::Mutex;
 use dataplane::IoThreads;
 use export_nbd::{Drained, Export, ExportError, ExportStats, Server, ServerConfig, Tls, TlsIdentity};
@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,13 +43,23 @@ impl fmt::Display for Endpoint {
 struct Listening {
     server: Server,
     tls: Option<TlsSpec>,
+    /// Of a unix socket.
+    access: SocketAccess,
     /// The address in use; for port 0 the one that the system chose.
     bound: Endpoint,
 }
 
 /// All NBD servers.
-#[derive(Default)]
-pub(crate) struct Servers(Mutex<HashMap<Endpoint, Listening>>);
+pub(crate) struct Servers {
+    listening: Mutex<HashMap<Endpoint, Listening>>,
+    default: DefaultSocket,
+}
+
+/// Where exports are that name no address.
+pub(crate) struct DefaultSocket {
+    pub(crate) path: PathBuf,
+    pub(crate) access: SocketAccess,
+}
 
 /// An export that is open, or could not be opened.
 pub(crate) struct OpenExport {
@@ -68,17 +78,25 @@ impl OpenExport {
 }
 
 impl Servers {
+    /// No server yet.
+    pub(crate) fn new(default: DefaultSocket) -> Self {
+        Self { listening: Mutex::default(), default }
+    }
+
     /// Opens an export on all its addresses, or on none.
     pub(crate) async fn open(
         &self,
         threads: &IoThreads,
-        default_socket: &Path,
         disk: &str,
         spec: &ExportSpec,
         home: &Home,
     ) -> Result<OpenExport, EngineError> {
         let name = spec.name_for(disk).to_owned();
         let mut endpoints: Vec<(Endpoint, Option<&str>)> = Vec::new();
+        let access = match &spec.socket {
+            None => self.default.access,
+            Some(_) => SocketAccess::parse(spec.socket_mode.as_deref(), spec.socket_group.as_deref())?,
+        };
         if let Some(path) = &spec.socket {
             endpoints.push((Endpoint::Unix(path.clone()), None));
         }
@@ -86,7 +104,7 @@ impl Servers {
             endpoints.push((Endpoint::Tcp(resolve(listen)?), Some(listen)));
         }
         if endpoints.is_empty() {
-            endpoints.push((Endpoint::Unix(default_socket.to_owned()), None));
+            endpoints.push((Endpoint::Unix(self.default.path.clone()), None));
         }
         let mut open = OpenExport {
             status: ExportStatus { name: name.clone(), spec: spec.clone(), uris: Vec::new(), error: None },
@@ -94,7 +112,7 @@ impl Servers {
             endpoints: Vec::new(),
         };
         for (endpoint, listen) in endpoints {
-            let result = self.open_on(threads, &endpoint, spec, &name, home, &open.stats).await;
+            let result = self.open_on(threads, &endpoint, access, spec, &name, home, &open.stats).await;
             match result {
                 Ok(bound) => {
                     open.status.uris.push(uri(&bound, &name, spec.tls.is_some(), listen));
@@ -109,16 +127,18 @@ impl Servers {
         Ok(open)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "one caller, which has them all at hand")]
     async fn open_on(
         &self,
         threads: &IoThreads,
         endpoint: &Endpoint,
+        access: SocketAccess,
         spec: &ExportSpec,
         name: &str,
         home: &Home,
         stats: &Arc<ExportStats>,
     ) -> Result<Endpoint, EngineError> {
-        let mut servers = self.0.lock().await;
+        let mut servers = self.listening.lock().await;
         // Port 0 means another address each time.
         let known = !matches!(endpoint, Endpoint::Tcp(address) if address.port() == 0);
         if !known {
@@ -129,8 +149,13 @@ impl Servers {
         {
             return Err(EngineError::TlsDiffers { endpoint: endpoint.to_string() });
         }
+        if let (Some(listening), Endpoint::Unix(_)) = (servers.get(endpoint), endpoint)
+            && listening.access != access
+        {
+            return Err(EngineError::SocketDiffers { endpoint: endpoint.to_string() });
+        }
         if !servers.contains_key(endpoint) {
-            let listening = listen_soon(threads, endpoint, spec.tls.as_ref()).await?;
+            let listening = listen_soon(threads, endpoint, access, spec.tls.as_ref()).await?;
             servers.insert(endpoint.clone(), listening);
         }
         let Some(Listening { server, bound, .. }) = servers.get(endpoint) else {
@@ -160,7 +185,7 @@ impl Servers {
     pub(crate) async fn close(&self, export: OpenExport) {
         for endpoint in export.endpoints {
             let name = &export.status.name;
-            let server = self.0.lock().await.get(&endpoint).map(|l| l.server.clone());
+            let server = self.listening.lock().await.get(&endpoint).map(|l| l.server.clone());
             let Some(server) = server else { continue };
             match server.remove_export(name, GRACE) {
                 Ok(drained) => match drained.await {
@@ -169,7 +194,7 @@ impl Servers {
                 },
                 Err(error) => tracing::warn!(export = name, %error, "closing an export"),
             }
-            let mut servers = self.0.lock().await;
+            let mut servers = self.listening.lock().await;
             if server.exports().is_empty() && servers.remove(&endpoint).is_some() {
                 // Under the lock, so that nobody opens the address before its socket is gone.
                 let _ = server.shutdown(GRACE_EMPTY).await;
@@ -179,7 +204,7 @@ impl Servers {
 
     /// Drains and closes all.
     pub(crate) async fn stop(&self) {
-        let mut servers = self.0.lock().await;
+        let mut servers = self.listening.lock().await;
         let ends = servers.drain().map(|(endpoint, listening)| async move {
             match listening.server.shutdown(GRACE).await {
                 Ok(drained) => tell(&endpoint.to_string(), &drained),
@@ -209,11 +234,12 @@ fn tell(what: &str, drained: &Drained) {
 async fn listen_soon(
     threads: &IoThreads,
     endpoint: &Endpoint,
+    access: SocketAccess,
     tls: Option<&TlsSpec>,
 ) -> Result<Listening, EngineError> {
     let mut tries = 0;
     loop {
-        match listen(threads, endpoint, tls) {
+        match listen(threads, endpoint, access, tls) {
             Err(EngineError::Listen { source, .. }) if source.kind() == io::ErrorKind::AddrInUse && tries < TRIES => {
                 tries += 1;
                 threads.pick().spawn(|| dataplane::sleep(PAUSE)).await.map_err(|_| EngineError::ThreadGone)?;
@@ -223,7 +249,12 @@ async fn listen_soon(
     }
 }
 
-fn listen(threads: &IoThreads, endpoint: &Endpoint, tls_spec: Option<&TlsSpec>) -> Result<Listening, EngineError> {
+fn listen(
+    threads: &IoThreads,
+    endpoint: &Endpoint,
+    access: SocketAccess,
+    tls_spec: Option<&TlsSpec>,
+) -> Result<Listening, EngineError> {
     let tls = match tls_spec {
         None => Tls::Off,
         Some(TlsSpec { dir, required, verify }) => {
@@ -238,11 +269,20 @@ fn listen(threads: &IoThreads, endpoint: &Endpoint, tls_spec: Option<&TlsSpec>) 
         Endpoint::Tcp(address) => server.listen_tcp(*address, tls).map(Endpoint::Tcp),
     };
     let bound = bound.map_err(|source| EngineError::Listen { endpoint: endpoint.to_string(), source })?;
-    Ok(Listening { server, tls: tls_spec.cloned(), bound })
+    if let Endpoint::Unix(path) = endpoint {
+        access.apply(path).map_err(|e| EngineError::file(path, "set the socket's mode and group", e))?;
+    }
+    Ok(Listening { server, tls: tls_spec.cloned(), access, bound })
 }
 
 /// The address that `HOST:PORT` means.
 fn resolve(listen: &str) -> Result<SocketAddr, EngineError> {
+    let split = listen.rsplit_once(':').filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    if split.is_none() {
+        return Err(EngineError::Invalid(format!(
+            "{listen:?} is not an address to listen on: expected HOST:PORT or [IPV6]:PORT, such as 127.0.0.1:10809"
+        )));
+    }
     let failed = |source| EngineError::Listen { endpoint: listen.to_owned(), source };
     let mut addresses = listen.to_socket_addrs().map_err(failed)?;
     addresses.next().ok_or_else(|| failed(io::Error::from(io::ErrorKind::AddrNotAvailable)))

@@ -13,21 +13,25 @@
 //! Invariant: tokio does not appear here.
 
 mod catalogue;
+mod durable_file;
 mod engine;
 mod error;
 mod exports;
 pub mod format_policy;
 mod home;
 pub mod images;
+mod job_records;
 mod jobs;
 mod metrics;
+mod socket_access;
 mod spec;
 mod status;
 
 pub use catalogue::Catalogue;
 pub use engine::{Engine, EngineConfig};
-pub use error::{EngineError, ErrorClass, chain_text};
+pub use error::{EngineError, ErrorClass, FileKind, chain_text};
 pub use jobs::{JobKind, JobState, JobStatus, Jobs};
+pub use socket_access::SocketAccess;
 pub use spec::{CacheMode, DiskSpec, ExportSpec, Format, ImageSpec, TlsSpec, name_of_file, validate_name};
 pub use status::{DiskState, DiskStatus, Event, ExportStatus};
 

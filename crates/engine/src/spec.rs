@@ -1,6 +1,6 @@
 //! A disk as plain data: what the API accepts, what the catalogue stores, what start-up replays.
 
-use crate::EngineError;
+use crate::{EngineError, SocketAccess};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -169,6 +169,12 @@ pub struct ExportSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub socket: Option<PathBuf>,
+    /// Mode of that socket, in octal digits; `0660` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<String>,
+    /// Group of that socket, by name or number; the daemon's own when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
     /// TCP address to listen on, as `HOST:PORT` or `[IPV6]:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
@@ -199,6 +205,12 @@ impl ExportSpec {
         {
             return Err(EngineError::Invalid(format!("the socket path {} is not absolute", socket.display())));
         }
+        if self.socket.is_none() && (self.socket_mode.is_some() || self.socket_group.is_some()) {
+            return Err(EngineError::Invalid(
+                "a socket's mode and group go with its path; give socket as well".to_owned(),
+            ));
+        }
+        SocketAccess::parse(self.socket_mode.as_deref(), None)?;
         if let Some(tls) = &self.tls
             && !tls.dir.is_absolute()
         {

@@ -1,5 +1,6 @@
 //! What the engine tells about its disks.
 
+use crate::images::ProgressUnit;
 use crate::{DiskSpec, ExportSpec, Format, JobState};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -116,5 +117,18 @@ pub enum Event {
         id: u64,
         /// Where it is in its life.
         state: JobState,
+    },
+    /// How far a running job is; at most twice a second for each.
+    JobProgress {
+        /// Which.
+        id: u64,
+        /// Part done, 0 to 100.
+        percent: u8,
+        /// How much is done.
+        done: u64,
+        /// How much there is to do in all.
+        total: u64,
+        /// What `done` and `total` count.
+        unit: ProgressUnit,
     },
 }

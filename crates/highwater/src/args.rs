@@ -1,5 +1,6 @@
 //! The grammar of the command line. Verbs and options follow qemu-img's habits where it has the verb.
 
+use crate::choices;
 use crate::size::{parse_new_size, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::images::request::{NewSize, PreallocationMode, RepairMode};
@@ -18,7 +19,8 @@ pub(crate) struct Cli {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Global {
-    /// The daemon's API socket [default: $XDG_RUNTIME_DIR/highwater/api.sock or /run/highwater/api.sock]
+    /// The daemon's API socket [default: $HIGHWATER_API, or api.sock in $XDG_RUNTIME_DIR/highwater or in
+    /// /run/highwater]
     #[arg(long, global = true, value_name = "SOCKET")]
     pub(crate) api: Option<PathBuf>,
     /// Print JSON instead of text
@@ -72,6 +74,12 @@ pub(crate) enum Verb {
     /// Work with the daemon's jobs
     #[command(subcommand)]
     Job(JobVerb),
+    /// Show which daemon answers, and how many disks and jobs it has
+    Status,
+    /// Print what happens in the daemon, as it happens
+    Events,
+    /// Print the daemon's counters in OpenMetrics' text format
+    Metrics,
     /// Print how QEMU and libvirt attach a disk's export
     Attach(AttachArgs),
     /// Print a shell's completion script
@@ -86,9 +94,9 @@ pub(crate) enum Verb {
 pub(crate) struct DiskArg {
     /// A file, or the name of a disk of the daemon
     #[arg(value_name = "DISK")]
-    pub(crate) disk: String,
+    pub(crate) disk: PathBuf,
     /// The file's format; by its extension when absent
-    #[arg(short = 'f', long = "format")]
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
     /// Read the file though somebody writes to it
     #[arg(short = 'U', long)]
@@ -97,17 +105,17 @@ pub(crate) struct DiskArg {
 
 #[derive(Debug, Args)]
 pub(crate) struct CreateArgs {
-    /// The new image's format
-    #[arg(short = 'f', long = "format", default_value = "raw")]
-    pub(crate) format: Format,
-    /// Format options, K=V,…
+    /// The new image's format; by its extension when absent, and raw when that says nothing
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+    pub(crate) format: Option<Format>,
+    /// Format options, K=V,…; `help` lists them
     #[arg(short = 'o', long = "options", value_name = "K=V,…")]
     pub(crate) options: Vec<String>,
     /// What shows through where the new image holds nothing
     #[arg(short = 'b', long = "backing", value_name = "PARENT")]
     pub(crate) backing: Option<String>,
     /// The parent's format
-    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) backing_format: Option<Format>,
     /// Do not open the parent
     #[arg(short = 'u', long = "unsafe")]
@@ -142,13 +150,14 @@ pub(crate) struct MapArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
-    /// The image
-    pub(crate) file: PathBuf,
+    /// A file, or the name of a read-only disk of the daemon
+    #[arg(value_name = "DISK")]
+    pub(crate) disk: PathBuf,
     /// Its format; by its extension when absent
-    #[arg(short = 'f', long = "format")]
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
-    /// What to mend: leaks or all
-    #[arg(short = 'r', long)]
+    /// What to mend
+    #[arg(short = 'r', long, value_name = "WHAT", value_parser = choices::repair())]
     pub(crate) repair: Option<RepairMode>,
     /// Check though somebody writes to it
     #[arg(short = 'U', long)]
@@ -158,12 +167,12 @@ pub(crate) struct CheckArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
     /// The source's format; by its extension when absent
-    #[arg(short = 'f', long = "format")]
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
-    /// The target's format
-    #[arg(short = 'O', long = "output-format", default_value = "raw")]
-    pub(crate) output_format: Format,
-    /// Options of the target's format, K=V,…
+    /// The target's format; by its extension when absent, and raw when that says nothing
+    #[arg(short = 'O', long = "output-format", value_name = "FORMAT", value_parser = choices::format())]
+    pub(crate) output_format: Option<Format>,
+    /// Options of the target's format, K=V,…; `help` lists them
     #[arg(short = 'o', long = "options", value_name = "K=V,…")]
     pub(crate) options: Vec<String>,
     /// Store clusters compressed
@@ -173,7 +182,7 @@ pub(crate) struct ConvertArgs {
     #[arg(short = 'B', short_alias = 'b', long = "backing", value_name = "PARENT")]
     pub(crate) backing: Option<String>,
     /// The backing file's format
-    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) backing_format: Option<Format>,
     /// An internal snapshot instead of the present state, by name or id
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
@@ -187,11 +196,11 @@ pub(crate) struct ConvertArgs {
     /// Bytes of zeroes in a row that become a hole; 0 copies all
     #[arg(short = 'S', long, value_parser = parse_size, value_name = "SIZE")]
     pub(crate) sparse_size: Option<u64>,
-    /// How the host's cache is used for the target: none, writeback or unsafe
-    #[arg(short = 't', long, value_name = "MODE")]
+    /// How the host's cache is used for the target
+    #[arg(short = 't', long, value_name = "MODE", value_parser = choices::cache())]
     pub(crate) cache: Option<CacheMode>,
     /// How the host's cache is used for the source
-    #[arg(short = 'T', long, value_name = "MODE")]
+    #[arg(short = 'T', long, value_name = "MODE", value_parser = choices::cache())]
     pub(crate) source_cache: Option<CacheMode>,
     /// Read the source though somebody writes to it
     #[arg(short = 'U', long)]
@@ -199,7 +208,7 @@ pub(crate) struct ConvertArgs {
     /// Accepted for qemu-img's sake: progress is shown on a terminal anyway
     #[arg(short = 'p', long, hide = true)]
     pub(crate) progress: bool,
-    /// What to copy
+    /// What to copy: a file, or the name of a disk of the daemon
     pub(crate) source: PathBuf,
     /// Where to; an image that stands there is replaced, unless it is in use
     pub(crate) target: PathBuf,
@@ -208,16 +217,16 @@ pub(crate) struct ConvertArgs {
 #[derive(Debug, Args)]
 pub(crate) struct CompareArgs {
     /// The first image's format; by its extension when absent
-    #[arg(short = 'f', long = "first-format")]
+    #[arg(short = 'f', long = "first-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) first_format: Option<Format>,
     /// The second image's format
-    #[arg(short = 'F', long = "second-format")]
+    #[arg(short = 'F', long = "second-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) second_format: Option<Format>,
     /// Different sizes are a difference
     #[arg(short = 's', long)]
     pub(crate) strict: bool,
     /// How the host's cache is used
-    #[arg(short = 'T', long, value_name = "MODE")]
+    #[arg(short = 'T', long, value_name = "MODE", value_parser = choices::cache())]
     pub(crate) cache: Option<CacheMode>,
     /// Read though somebody writes
     #[arg(short = 'U', long)]
@@ -225,7 +234,7 @@ pub(crate) struct CompareArgs {
     /// Accepted for qemu-img's sake: progress is shown on a terminal anyway
     #[arg(short = 'p', long, hide = true)]
     pub(crate) progress: bool,
-    /// One image
+    /// One image: a file, or the name of a disk of the daemon
     pub(crate) first: PathBuf,
     /// The other
     pub(crate) second: PathBuf,
@@ -234,34 +243,30 @@ pub(crate) struct CompareArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ResizeArgs {
     /// A file, or the name of a disk of the daemon
-    pub(crate) disk: String,
+    pub(crate) disk: PathBuf,
     /// The file's format; by its extension when absent
-    #[arg(short = 'f', long = "format")]
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
     /// The disk may lose bytes at its end
     #[arg(long)]
     pub(crate) shrink: bool,
-    /// How much to set aside: off, metadata, falloc or full
-    #[arg(long, default_value = "off", value_name = "MODE", value_parser = parse_preallocation)]
+    /// How much to set aside
+    #[arg(long, default_value = "off", value_name = "MODE", value_parser = choices::preallocation())]
     pub(crate) preallocation: PreallocationMode,
     /// Bytes, with suffixes k M G T P E; `+` or `-` before it is relative
     #[arg(value_parser = parse_new_size, allow_hyphen_values = true)]
     pub(crate) size: NewSize,
 }
 
-fn parse_preallocation(word: &str) -> Result<PreallocationMode, String> {
-    word.parse()
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct MeasureArgs {
     /// The source's format; by its extension when absent
-    #[arg(short = 'f', long = "format")]
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
     /// The target's format
-    #[arg(short = 'O', long = "output-format", default_value = "raw")]
+    #[arg(short = 'O', long = "output-format", default_value = "raw", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) output_format: Format,
-    /// Options of the target's format, K=V,…
+    /// Options of the target's format, K=V,…; `help` lists them
     #[arg(short = 'o', long = "options", value_name = "K=V,…")]
     pub(crate) options: Vec<String>,
     /// Measure for an empty disk of this size
@@ -273,7 +278,8 @@ pub(crate) struct MeasureArgs {
     /// Read though somebody writes
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
-    /// The image that would be converted
+    /// The image that would be converted: a file, or the name of a disk of the daemon
+    #[arg(value_name = "DISK")]
     pub(crate) file: Option<PathBuf>,
 }
 
@@ -283,6 +289,12 @@ pub(crate) struct ExportArgs {
     /// Unix socket to listen on
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
+    /// The unix socket's mode, in octal digits [default: 0660]
+    #[arg(long, value_name = "MODE", requires = "socket")]
+    pub(crate) socket_mode: Option<String>,
+    /// The unix socket's group, by name or number [default: this process's]
+    #[arg(long, value_name = "GROUP", requires = "socket")]
+    pub(crate) socket_group: Option<String>,
     /// TCP address to listen on
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) listen: Option<String>,
@@ -326,7 +338,7 @@ pub(crate) struct ServeArgs {
     /// The image
     pub(crate) file: PathBuf,
     /// Its format; by its extension when absent
-    #[arg(short = 'f', long = "format")]
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
     /// The export's name; the file's stem when absent
     #[arg(long = "name", value_name = "EXPORT")]
@@ -336,18 +348,14 @@ pub(crate) struct ServeArgs {
     /// Refuse writes
     #[arg(short = 'r', long)]
     pub(crate) read_only: bool,
-    /// How the host's cache is used: none, writeback or unsafe
-    #[arg(long, default_value = "writeback", value_name = "MODE", value_parser = parse_cache)]
+    /// How the host's cache is used
+    #[arg(long, default_value = "writeback", value_name = "MODE", value_parser = choices::cache())]
     pub(crate) cache: CacheMode,
     /// Serve an internal snapshot, by name or id; refuses writes
     #[arg(long)]
     pub(crate) snapshot: Option<String>,
     #[command(flatten)]
     pub(crate) threads: ThreadArgs,
-}
-
-fn parse_cache(word: &str) -> Result<CacheMode, String> {
-    word.parse()
 }
 
 #[derive(Debug, Args)]
@@ -358,6 +366,12 @@ pub(crate) struct DaemonArgs {
     /// NBD socket of exports that name no address [default: nbd.sock beside the API socket]
     #[arg(long, value_name = "PATH")]
     pub(crate) nbd_socket: Option<PathBuf>,
+    /// That socket's mode, in octal digits [default: 0660]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) socket_mode: Option<String>,
+    /// That socket's group, by name or number [default: the daemon's]
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) socket_group: Option<String>,
     #[command(flatten)]
     pub(crate) threads: ThreadArgs,
 }
@@ -370,6 +384,11 @@ pub(crate) enum DiskVerb {
     List,
     /// Show one disk
     Show {
+        /// The disk's name
+        name: String,
+    },
+    /// Try again to open a disk, or its exports, that could not be opened
+    Open {
         /// The disk's name
         name: String,
     },
@@ -395,8 +414,12 @@ pub(crate) enum DiskVerb {
     Unexport {
         /// The disk's name
         disk: String,
-        /// The export's name; all when absent
+        /// The export's name
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
         export: Option<String>,
+        /// Close all exports of the disk
+        #[arg(long)]
+        all: bool,
     },
 }
 
@@ -411,15 +434,15 @@ pub(crate) struct DiskAddArgs {
     #[arg(long = "export-name", value_name = "EXPORT")]
     pub(crate) export_name: Option<String>,
     /// The image's format; by its extension when absent
-    #[arg(short = 'f', long = "format")]
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
     #[command(flatten)]
     pub(crate) export: ExportArgs,
     /// Refuse writes
     #[arg(short = 'r', long)]
     pub(crate) read_only: bool,
-    /// How the host's cache is used: none, writeback or unsafe
-    #[arg(long, default_value = "writeback", value_name = "MODE", value_parser = parse_cache)]
+    /// How the host's cache is used
+    #[arg(long, default_value = "writeback", value_name = "MODE", value_parser = choices::cache())]
     pub(crate) cache: CacheMode,
     /// Show an internal snapshot, by name or id
     #[arg(long)]
@@ -443,8 +466,18 @@ pub(crate) enum JobVerb {
         /// File with the description
         file: PathBuf,
     },
-    /// Stop a job, or forget one that has ended
+    /// Wait until a job has ended, and show what came out; Ctrl-C ends the waiting, not the job
+    Wait {
+        /// The job's number
+        id: u64,
+    },
+    /// Stop a job
     Cancel {
+        /// The job's number
+        id: u64,
+    },
+    /// Forget a job that has ended, and its result
+    Forget {
         /// The job's number
         id: u64,
     },
@@ -491,11 +524,21 @@ mod tests {
             "disk list",
             "disk show a",
             "disk remove a",
+            "disk open a",
+            "disk unexport a e",
+            "disk unexport a --all",
+            "job wait 1",
             "attach a",
             "completions bash",
         ] {
             let words = std::iter::once("highwater").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));
+        }
+        for line in
+            ["disk unexport a", "disk unexport a e --all", "create -f vdi x 1M", "serve --socket-mode 600 a.raw"]
+        {
+            let words = std::iter::once("highwater").chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_err(), "{line} was understood");
         }
     }
 }

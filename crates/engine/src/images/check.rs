@@ -3,11 +3,12 @@
 use super::gate::FileGate;
 use super::report::CheckReport;
 use super::request::{CheckSpec, RepairMode};
-use super::{Progress, offload_format};
+use super::watched::Watched;
+use super::{Progress, ProgressUnit, offload_format};
 use crate::{EngineError, Format};
 use chain::{Access, OpenGate};
 use formats::qcow2::Header;
-use formats::qcow2::check::{self, Severity};
+use formats::qcow2::check::{self, Finding, Severity};
 use std::path::PathBuf;
 
 /// Checks.
@@ -18,14 +19,15 @@ pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckR
     }
     let access = if spec.repair.is_some() { Access::ReadWrite } else { Access::ReadOnly };
     let gate = FileGate { force_share: spec.force_share && spec.repair.is_none(), ..FileGate::cached() };
-    let storage = gate.open_storage(&spec.file, access).await?;
+    let file = gate.open_storage(&spec.file, access).await?;
+    let storage = Watched::stopping(&file, progress);
     let header = Header::read_for_check(&storage).await?;
     // A data file that cannot be found takes nothing from the check of the image itself.
     let data_file = match header.data_file.as_deref().filter(|_| header.has_data_file()) {
         None => None,
         Some(name) => {
             let path = spec.file.parent().map_or_else(|| PathBuf::from(name), |dir| dir.join(name));
-            gate.open_storage(&path, Access::ReadOnly).await.ok()
+            gate.open_storage(&path, Access::ReadOnly).await.ok().map(|data| Watched::stopping(&data, progress))
         }
     };
     let mut seen = (0, 0);
@@ -36,30 +38,32 @@ pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckR
         progress.advance(done.saturating_sub(seen.0));
         seen = (done, total);
     };
+    progress.set_unit(ProgressUnit::Tables);
+    let mut before = None;
     let found = match spec.repair {
-        None => check::check(&storage, data_file.as_ref(), &mut step).await?,
+        None => check::check(&storage, data_file.as_ref(), &mut step).await,
         Some(mode) => {
+            // The repair tells what is left, not what it mended.
+            before = Some(check::check(&storage, data_file.as_ref(), &mut |_, _| {}).await?);
             let mode = match mode {
                 RepairMode::Leaks => check::RepairMode::Leaks,
                 RepairMode::All => check::RepairMode::All,
             };
-            let found = check::repair(&storage, data_file.as_ref(), mode, &mut step).await?;
-            storage.sync().await?;
-            found
+            check::repair(&storage, data_file.as_ref(), mode, &mut step).await
         }
     };
-    let mut findings: Vec<String> = found
-        .findings
-        .iter()
-        .map(|finding| {
-            let word = match finding.severity {
-                Severity::Corruption => "corrupt",
-                Severity::Leak => "leak",
-                Severity::Error => "not checked",
-            };
-            format!("{word}: {}", finding.what)
-        })
-        .collect();
+    // What was found after the wish to stop says nothing.
+    progress.check()?;
+    let found = found?;
+    if spec.repair.is_some() {
+        file.sync().await?;
+    }
+    let mut findings: Vec<String> = found.findings.iter().map(words).collect();
+    let fixed = found.corruptions_fixed + found.leaks_fixed > 0;
+    let mended = match before.filter(|_| fixed) {
+        None => Vec::new(),
+        Some(before) => before.findings.iter().filter(|f| !found.findings.contains(f)).map(words).collect(),
+    };
     if found.findings_omitted > 0 {
         findings.push(format!("and {} more", found.findings_omitted));
     }
@@ -76,6 +80,19 @@ pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckR
         allocated_clusters: Some(found.allocated_clusters),
         fragmented_clusters: Some(found.fragmented_clusters),
         compressed_clusters: Some(found.compressed_clusters),
+        marked_corrupt: found.marked_corrupt && !(found.is_clean() && spec.repair.is_some()),
+        mended,
         findings,
     })
+}
+
+/// A finding as one line.
+fn words(finding: &Finding) -> String {
+    let word = match finding.severity {
+        Severity::Corruption => "corrupt",
+        Severity::Leak => "leak",
+        Severity::Error => "not checked",
+    };
+    let what = finding.what.to_string();
+    format!("{word}: {}", what.strip_suffix(" (leak)").unwrap_or(&what))
 }

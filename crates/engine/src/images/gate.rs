@@ -2,7 +2,9 @@
 
 use crate::CacheMode;
 use chain::{Access, OpenGate, Reference};
-use disk::{ErrorKind, LocalFuture, Result, StorageHandle};
+use disk::{DiskError, ErrorKind, LocalFuture, Result, StorageHandle};
+use std::error::Error;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use storage::{FileStorage, LockMode, OpenOptions};
@@ -55,8 +57,49 @@ async fn open(path: &Path, options: OpenOptions) -> Result<StorageHandle> {
                 tries += 1;
                 dataplane::sleep(PAUSE).await;
             }
-            result => return result.map(StorageHandle::new),
+            result => return result.map(StorageHandle::new).map_err(|e| with_next_step(e, &options)),
         }
+    }
+}
+
+/// The same error with the step that helps who opened like this.
+fn with_next_step(error: DiskError, options: &OpenOptions) -> DiskError {
+    let again = |kind, detail: String| {
+        let told = DiskError::new(kind, error.operation()).because(detail);
+        match error.object() {
+            Some(object) => told.on(object),
+            None => told,
+        }
+    };
+    match error.kind() {
+        ErrorKind::InUse => {
+            let text = error.to_string();
+            let Some(at) = text.find("in use by ") else { return error };
+            // What follows is said of opening in general.
+            let fact = text[at..].split("; end that use first").next().unwrap_or_default();
+            let fact = fact.replace("this process (", "this highwater process (");
+            let step = match options.read_only {
+                true => "end that use first, or read beside it with -U (force-share), perhaps a state in between",
+                false => "end that use first",
+            };
+            again(ErrorKind::InUse, format!("{fact}; {step}"))
+        }
+        ErrorKind::Io => {
+            let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+            match cause {
+                Some(io::ErrorKind::PermissionDenied) if options.read_only => {
+                    again(ErrorKind::Io, "permission denied; change who may read the file".to_owned())
+                }
+                Some(io::ErrorKind::PermissionDenied) => {
+                    again(ErrorKind::Io, "permission denied; change who may write to the file, or read only".to_owned())
+                }
+                Some(io::ErrorKind::IsADirectory) => {
+                    again(ErrorKind::Io, "is a directory; an image is a regular file or a block device".to_owned())
+                }
+                _ => error,
+            }
+        }
+        _ => error,
     }
 }
 

@@ -4,17 +4,17 @@ use super::create::qcow2_options;
 use super::report::MeasureReport;
 use super::request::{MeasureSpec, SourceSpec};
 use super::stack::Stack;
-use super::{closing, open_source};
+use super::{Progress, closing, open_source};
 use crate::{EngineError, Format};
 use disk::ByteRange;
 use formats::qcow2;
 
 /// Measures.
-pub(crate) async fn measure(spec: MeasureSpec) -> Result<MeasureReport, EngineError> {
+pub(crate) async fn measure(spec: MeasureSpec, progress: &Progress) -> Result<MeasureReport, EngineError> {
     match (&spec.source, spec.size) {
         (Some(source), None) => {
             let stack = open_source(source).await?;
-            let result = of_source(&spec, source, &stack).await;
+            let result = of_source(&spec, source, &stack, progress).await;
             closing(&stack, result).await
         }
         (None, Some(size)) => report(&spec, size, &[]),
@@ -22,11 +22,18 @@ pub(crate) async fn measure(spec: MeasureSpec) -> Result<MeasureReport, EngineEr
     }
 }
 
-async fn of_source(spec: &MeasureSpec, source: &SourceSpec, stack: &Stack) -> Result<MeasureReport, EngineError> {
+async fn of_source(
+    spec: &MeasureSpec,
+    source: &SourceSpec,
+    stack: &Stack,
+    progress: &Progress,
+) -> Result<MeasureReport, EngineError> {
     let size = stack.disk().geometry().size;
     let mut data: Vec<ByteRange> = Vec::new();
     let mut rest = ByteRange::new(0, size);
+    progress.set_total(size);
     while !rest.is_empty() {
+        progress.check()?;
         let extent = stack.disk().map(rest).await?;
         if !extent.zero {
             match data.last_mut() {
@@ -36,6 +43,7 @@ async fn of_source(spec: &MeasureSpec, source: &SourceSpec, stack: &Stack) -> Re
                 _ => data.push(extent.range),
             }
         }
+        progress.advance(extent.range.len());
         rest = rest.skip(extent.range.len());
     }
     let mut report = report(spec, size, &data)?;

@@ -9,6 +9,7 @@ mod convert;
 mod create;
 mod gate;
 pub(crate) mod info;
+pub(crate) mod live;
 pub(crate) mod map;
 mod measure;
 mod progress;
@@ -16,9 +17,10 @@ pub mod report;
 pub mod request;
 pub(crate) mod resize;
 pub(crate) mod stack;
+mod watched;
 mod zeroes;
 
-pub use progress::Progress;
+pub use progress::{Progress, ProgressUnit};
 
 use crate::format_policy::format_of;
 use crate::{EngineError, Format, JobKind};
@@ -67,10 +69,10 @@ impl Workshop {
     ///
     /// # Errors
     /// When the file is in use, the options make no sense, or the backing file cannot be opened.
-    pub async fn create(&self, spec: CreateSpec) -> Result<ImageInfo, EngineError> {
+    pub async fn create(&self, spec: CreateSpec, progress: Progress) -> Result<ImageInfo, EngineError> {
         self.run(move || async move {
             let source = SourceSpec::of(spec.file.clone(), Some(spec.format));
-            create::create(&spec).await?;
+            create::create_watched(&spec, &progress).await?;
             info::info(&source).await
         })
         .await
@@ -129,16 +131,16 @@ impl Workshop {
     ///
     /// # Errors
     /// When it is in use, would lose bytes without leave, or cannot have that size.
-    pub async fn resize(&self, spec: ResizeSpec) -> Result<ImageInfo, EngineError> {
-        self.run(move || async move { resize::resize(spec).await }).await
+    pub async fn resize(&self, spec: ResizeSpec, progress: Progress) -> Result<ImageInfo, EngineError> {
+        self.run(move || async move { resize::resize(spec, &progress).await }).await
     }
 
     /// Finds out how much space a conversion would take.
     ///
     /// # Errors
     /// When the options make no sense or the source cannot be read.
-    pub async fn measure(&self, spec: MeasureSpec) -> Result<MeasureReport, EngineError> {
-        self.run(move || async move { measure::measure(spec).await }).await
+    pub async fn measure(&self, spec: MeasureSpec, progress: Progress) -> Result<MeasureReport, EngineError> {
+        self.run(move || async move { measure::measure(spec, &progress).await }).await
     }
 
     /// Does a job; the result is what the command of the same name prints with `--json`.
@@ -147,12 +149,12 @@ impl Workshop {
             serde_json::to_value(report).map_err(|e| EngineError::Invalid(e.to_string()))
         }
         match kind {
-            JobKind::Create(spec) => value(self.create(spec).await?),
+            JobKind::Create(spec) => value(self.create(spec, progress).await?),
             JobKind::Convert(spec) => value(self.convert(spec, progress).await?),
             JobKind::Compare(spec) => value(self.compare(spec, progress).await?),
             JobKind::Check(spec) => value(self.check(spec, progress).await?),
-            JobKind::Measure(spec) => value(self.measure(spec).await?),
-            JobKind::Resize(spec) => value(self.resize(spec).await?),
+            JobKind::Measure(spec) => value(self.measure(spec, progress).await?),
+            JobKind::Resize(spec) => value(self.resize(spec, progress).await?),
         }
     }
 }
@@ -164,6 +166,13 @@ async fn offload_format(file: PathBuf, given: Option<Format>) -> Result<Format, 
 
 /// Opens a source for reading.
 async fn open_source(source: &SourceSpec) -> Result<Stack, EngineError> {
+    match (&source.live, &source.disk) {
+        (Some(live), _) => return Ok(Stack::live(live)),
+        (None, Some(disk)) => {
+            return Err(EngineError::Invalid(format!("only a job of the daemon can read its disk {disk:?}")));
+        }
+        (None, None) => {}
+    }
     let format = offload_format(source.file.clone(), source.format).await?;
     let mut request = OpenRequest::reading(source.file.clone(), format);
     request.image.snapshot.clone_from(&source.snapshot);

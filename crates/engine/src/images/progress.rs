@@ -1,8 +1,21 @@
 //! How far long work is, and the wish that it stop.
 
 use crate::EngineError;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use utoipa::ToSchema;
+
+/// What progress is counted in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProgressUnit {
+    /// Bytes.
+    #[default]
+    Bytes,
+    /// Tables of an image's metadata.
+    Tables,
+}
 
 /// Shared between who works, who shows the progress, and who may stop it.
 #[derive(Clone, Debug, Default)]
@@ -12,6 +25,7 @@ pub struct Progress(Arc<Counters>);
 struct Counters {
     done: AtomicU64,
     total: AtomicU64,
+    tables: AtomicBool,
     cancelled: AtomicBool,
 }
 
@@ -21,17 +35,27 @@ impl Progress {
         Self::default()
     }
 
-    /// Says how much there is to do, in bytes.
-    pub fn set_total(&self, bytes: u64) {
-        self.0.total.store(bytes, Ordering::Relaxed);
+    /// Says what is counted; bytes unless this is called.
+    pub fn set_unit(&self, unit: ProgressUnit) {
+        self.0.tables.store(unit == ProgressUnit::Tables, Ordering::Relaxed);
     }
 
-    /// Says that so many bytes more are done.
-    pub fn advance(&self, bytes: u64) {
-        self.0.done.fetch_add(bytes, Ordering::Relaxed);
+    /// What is counted.
+    pub fn unit(&self) -> ProgressUnit {
+        if self.0.tables.load(Ordering::Relaxed) { ProgressUnit::Tables } else { ProgressUnit::Bytes }
     }
 
-    /// Bytes done, and bytes in all.
+    /// Says how much there is to do.
+    pub fn set_total(&self, total: u64) {
+        self.0.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Says that so much more is done.
+    pub fn advance(&self, done: u64) {
+        self.0.done.fetch_add(done, Ordering::Relaxed);
+    }
+
+    /// How much is done, and how much there is to do in all; 0 when that is not known.
     pub fn now(&self) -> (u64, u64) {
         let total = self.0.total.load(Ordering::Relaxed);
         (self.0.done.load(Ordering::Relaxed).min(total), total)

@@ -176,7 +176,13 @@ pub struct CheckReport {
     /// Those that are compressed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compressed_clusters: Option<u64>,
-    /// The findings in words, up to a bound.
+    /// Whether the image is marked as corrupt. Nobody writes to it until a repair takes the mark away.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub marked_corrupt: bool,
+    /// What was mended, in words, up to a bound.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mended: Vec<String>,
+    /// What is wrong, in words, up to a bound.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub findings: Vec<String>,
 }

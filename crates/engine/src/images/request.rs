@@ -1,22 +1,27 @@
 //! Work on image files as plain data.
 
-use crate::{CacheMode, Format};
+pub use super::live::LiveDisk;
+use crate::{CacheMode, EngineError, Format};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use utoipa::ToSchema;
 
 /// Format options, `K=V`; the names are those of `qemu-img create -o`.
 pub type Options = BTreeMap<String, String>;
 
-/// An image to read.
+/// An image to read: a file, or a disk of the daemon that does the work.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct SourceSpec {
-    /// The file or block device.
+    /// The file or block device. Empty when `disk` is given.
+    #[serde(default, skip_serializing_if = "is_empty")]
     #[schema(value_type = String)]
     pub file: PathBuf,
+    /// A disk of the daemon, as guests see it now; in jobs only. What guests write meanwhile may or may not be seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
     /// Its format; by the file's extension when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
@@ -29,13 +34,62 @@ pub struct SourceSpec {
     /// How the host's cache is used.
     #[serde(default)]
     pub cache: CacheMode,
+    /// Where the disk that `disk` names is; filled in by the daemon.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub live: Option<LiveDisk>,
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 impl SourceSpec {
     /// The present state of that file.
     pub fn of(file: impl Into<PathBuf>, format: Option<Format>) -> Self {
-        Self { file: file.into(), format, snapshot: None, force_share: false, cache: CacheMode::default() }
+        Self {
+            file: file.into(),
+            disk: None,
+            format,
+            snapshot: None,
+            force_share: false,
+            cache: CacheMode::default(),
+            live: None,
+        }
     }
+
+    /// The present state of a disk of the daemon.
+    pub fn of_disk(name: impl Into<String>) -> Self {
+        Self { disk: Some(name.into()), ..Self::of(PathBuf::new(), None) }
+    }
+
+    /// Checks what can be checked without opening anything.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`].
+    pub fn validate(&self) -> Result<(), EngineError> {
+        match &self.disk {
+            None => require_absolute(&self.file),
+            Some(disk) if !is_empty(&self.file) => {
+                Err(EngineError::Invalid(format!("a source is a file or a disk, not both: found disk {disk:?} too")))
+            }
+            Some(disk) if self.format.is_some() || self.snapshot.is_some() => Err(EngineError::Invalid(format!(
+                "disk {disk:?} is read as guests see it: give neither format nor snapshot"
+            ))),
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+/// Refuses paths that mean something else in the daemon than to who asks.
+pub(crate) fn require_absolute(path: &Path) -> Result<(), EngineError> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(EngineError::Invalid(format!(
+        "the path {:?} is not absolute; name it from the root, as the daemon has its own working directory",
+        path.display().to_string()
+    )))
 }
 
 /// A backing file of a new image.
@@ -153,7 +207,7 @@ pub struct CheckSpec {
     /// What to mend.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repair: Option<RepairMode>,
-    /// Check though somebody writes to it; what is found may be passing.
+    /// Check though somebody writes to it; what is found may have been passing.
     #[serde(default)]
     pub force_share: bool,
 }

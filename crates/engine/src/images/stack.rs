@@ -1,10 +1,12 @@
 //! An open stack of images on the present I/O thread.
 
 use super::gate::FileGate;
+use super::live::LiveDisk;
 use crate::{CacheMode, EngineError, Format, ImageSpec};
-use chain::{Chain, ParentSpec, StackSpec};
-use disk::{DiskHandle, StorageId};
+use chain::{Chain, LayerInfo, ParentSpec, StackSpec};
+use disk::{DiskHandle, LayerHandle, StorageId};
 use formats::qcow2::Header;
+use formats::raw::{self, RawLayer};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -53,6 +55,15 @@ impl Stack {
             Format::Qcow2 => data_file_of(&chain).await?,
         };
         Ok(Self { disk: DiskHandle::from_rc(Rc::clone(&chain)), chain, format: request.format, data_file })
+    }
+
+    /// A stack that reads a disk of the daemon; closing it leaves that disk alone.
+    pub(crate) fn live(live: &LiveDisk) -> Self {
+        let layer = RawLayer::open(live.storage(), raw::OpenOptions { read_only: true, size: None });
+        let layer =
+            LayerInfo { path: live.file.clone(), format: formats::Format::Raw, handle: LayerHandle::new(layer) };
+        let chain = Rc::new(Chain::new(vec![layer]));
+        Self { disk: DiskHandle::from_rc(Rc::clone(&chain)), chain, format: Format::Raw, data_file: None }
     }
 
     pub(crate) fn disk(&self) -> &DiskHandle {

@@ -11,6 +11,13 @@ use serde_json::{Value, json};
 pub(crate) async fn run(global: &Global, args: AttachArgs) -> Outcome {
     let client = target::client(global)?;
     let disk = client.disk(&args.disk).await?;
+    if let Some(error) = &disk.error {
+        let name = &disk.spec.name;
+        return Err(anyhow!(
+            "disk {name:?} is not open ({error}); when that is mended, open it with `highwater disk open {name}`"
+        )
+        .into());
+    }
     let export = choose(&disk, args.export.as_deref())?;
     let attachment = Attachment::of(&disk, export)?;
     if global.wants_json() {
@@ -20,7 +27,9 @@ pub(crate) async fn run(global: &Global, args: AttachArgs) -> Outcome {
             "libvirt": attachment.libvirt(),
         }))?;
     } else {
-        output::line(&format!("# QEMU\n{}\n", attachment.qemu_args().join(" \\\n  ")))?;
+        let pairs: Vec<String> =
+            attachment.qemu_args().chunks(2).map(|pair| format!("{} {}", pair[0], quoted(&pair[1]))).collect();
+        output::line(&format!("# QEMU\n{}\n", pairs.join(" \\\n  ")))?;
         output::line(&format!("# QEMU, in one option\n{}\n", attachment.drive()))?;
         output::line(&format!("<!-- libvirt -->\n{}", attachment.libvirt()))?;
     }
@@ -72,7 +81,7 @@ impl Attachment {
             None => return Err(anyhow!("{uri:?} is not an NBD URI")),
         };
         // Node names of QEMU begin with a letter and have at most 31 characters.
-        let node: String = format!("hw-{}", disk.spec.name).replace('_', "-").chars().take(31).collect();
+        let node: String = format!("hw-{}", disk.spec.name).chars().take(31).collect();
         let server = match &place {
             Place::Unix(path) => json!({ "type": "unix", "path": path }),
             Place::Tcp { host, port } => json!({ "type": "inet", "host": host, "port": port }),
@@ -92,13 +101,15 @@ impl Attachment {
         Ok(Self { node, uri: uri.clone(), export: export.name.clone(), read_only, place, tls, blockdev })
     }
 
+    /// The elements of QEMU's argument vector: options, each with its value.
     fn qemu_args(&self) -> Vec<String> {
         let mut args = Vec::new();
+        let mut push = |option: &str, value: String| args.extend([option.to_owned(), value]);
         if self.tls {
-            args.push("-object tls-creds-x509,id=hwtls0,endpoint=client,dir=DIRECTORY-WITH-ca-cert.pem".to_owned());
+            push("-object", "tls-creds-x509,id=hwtls0,endpoint=client,dir=DIRECTORY-WITH-ca-cert.pem".to_owned());
         }
-        args.push(format!("-blockdev '{}'", self.blockdev.to_string().replace('\'', "'\\''")));
-        args.push(format!("-device virtio-blk-pci,drive={}", self.node));
+        push("-blockdev", self.blockdev.to_string());
+        push("-device", format!("virtio-blk-pci,drive={}", self.node));
         args
     }
 
@@ -136,6 +147,12 @@ impl Attachment {
 
 fn xml(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('\'', "&apos;").replace('"', "&quot;")
+}
+
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.,=/:".contains(c);
+    if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
 /// Percent-encoding taken back.
@@ -178,7 +195,7 @@ mod tests {
         let disk = disk(None, "nbd+unix:///e%3C1%3E?socket=/run/a%20b.sock");
         let attachment = Attachment::of(&disk, choose(&disk, None).unwrap()).unwrap();
         assert_eq!(attachment.blockdev["server"], json!({ "type": "unix", "path": "/run/a b.sock" }));
-        assert_eq!(attachment.blockdev["node-name"], "hw-d-1");
+        assert_eq!(attachment.blockdev["node-name"], "hw-d_1");
         assert!(attachment.libvirt().contains("name='e&lt;1&gt;'"));
         assert!(attachment.libvirt().contains("socket='/run/a b.sock'"));
         assert!(choose(&disk, Some("other")).is_err());

@@ -1,25 +1,37 @@
 //! `highwater check`.
 
-use super::{Outcome, target};
+use super::target::{self, Target};
+use super::{Outcome, jobs};
 use crate::args::{CheckArgs, Global};
 use crate::exit;
 use crate::output;
 use crate::progress;
-use engine::ErrorClass;
+use anyhow::anyhow;
+use api::{Client, Format, JobKind};
+use engine::EngineError;
 use engine::images::Progress;
 use engine::images::report::CheckReport;
 use engine::images::request::CheckSpec;
 
 pub(crate) async fn run(global: &Global, args: CheckArgs) -> Outcome {
-    let spec = CheckSpec { file: args.file, format: args.format, repair: args.repair, force_share: args.force_share };
-    let workshop = target::workshop()?;
-    let progress = Progress::new();
-    let result = progress::watch(progress.clone(), global.quiet, workshop.check(spec, progress.clone())).await;
-    let report = match result {
-        Ok(report) => report,
-        Err(error) => {
-            let code = if error.class() == ErrorClass::Unsupported { exit::CHECK_UNSUPPORTED } else { exit::FAILED };
-            return Err(exit::Failure::from(error).with_code(code));
+    let report: CheckReport = match target::find(global, &args.disk).await? {
+        Target::Disk(client, name) => {
+            let kind = JobKind::Check(spec_of_disk(&client, &name, &args).await?);
+            jobs::perform(global, &client, &kind).await?
+        }
+        Target::File(file) => {
+            let spec = CheckSpec { file, format: args.format, repair: args.repair, force_share: args.force_share };
+            let workshop = target::workshop()?;
+            let progress = Progress::new();
+            let work = workshop.check(spec, progress.clone());
+            progress::watch(progress, global.quiet, work).await.map_err(|error| {
+                // An image that could not be checked, of whatever kind, is no format that has nothing to check.
+                let nothing_to_check = matches!(error, EngineError::Unsupported(_));
+                exit::Failure::from(error).with_code(match nothing_to_check {
+                    true => exit::CHECK_UNSUPPORTED,
+                    false => exit::FAILED,
+                })
+            })?
         }
     };
     if global.wants_json() {
@@ -30,7 +42,35 @@ pub(crate) async fn run(global: &Global, args: CheckArgs) -> Outcome {
     Ok(report.exit_code())
 }
 
+/// What the daemon is to check for a disk of its own. One that is written to changes under the check's eyes, which
+/// would report what is none, so it is refused.
+async fn spec_of_disk(client: &Client, name: &str, args: &CheckArgs) -> Result<CheckSpec, exit::Failure> {
+    target::refuse_file_options(name, &[("-f", args.format.is_some()), ("-U", args.force_share)])?;
+    let disk = client.disk(name).await?;
+    let file = disk.spec.image.file;
+    if disk.format == Some(Format::Raw) {
+        let failure = anyhow!("{name}: raw images have no metadata to check");
+        return Err(exit::Failure::from(failure).with_code(exit::CHECK_UNSUPPORTED));
+    }
+    let what = if args.repair.is_some() {
+        "is in use, so its metadata cannot be mended"
+    } else {
+        "is written to, so its metadata cannot be checked"
+    };
+    if args.repair.is_some() || !disk.read_only {
+        return Err(anyhow!(
+            "disk {name:?} {what} meanwhile; close it with `highwater disk remove {name}`, check {}, and add it again",
+            file.display()
+        )
+        .into());
+    }
+    Ok(CheckSpec { file, format: disk.format, repair: None, force_share: false })
+}
+
 fn print(report: &CheckReport) -> anyhow::Result<()> {
+    for mended in &report.mended {
+        output::line(&format!("mended: {mended}"))?;
+    }
     for finding in &report.findings {
         output::line(finding)?;
     }
@@ -52,6 +92,11 @@ fn print(report: &CheckReport) -> anyhow::Result<()> {
         } else if report.leaks > 0 {
             output::line("space is lost, data is not; mend with --repair leaks")?;
         }
+    }
+    if report.marked_corrupt {
+        output::line(
+            "the image is marked as corrupt: nobody writes to it until the mark is taken away with --repair all",
+        )?;
     }
     if let (Some(allocated), Some(total)) = (report.allocated_clusters, report.total_clusters)
         && total > 0

@@ -1,10 +1,11 @@
 //! `highwater compare`.
 
-use super::{Outcome, target};
+use super::{Outcome, jobs, target};
 use crate::args::{CompareArgs, Global};
 use crate::exit;
 use crate::output;
 use crate::progress;
+use api::JobKind;
 use engine::images::Progress;
 use engine::images::report::CompareReport;
 use engine::images::request::{CompareSpec, SourceSpec};
@@ -14,21 +15,29 @@ pub(crate) async fn run(global: &Global, args: CompareArgs) -> Outcome {
 }
 
 async fn compare(global: &Global, args: CompareArgs) -> Outcome {
-    let source = |file, format| SourceSpec {
-        file,
-        format,
-        snapshot: None,
+    let how = |format| SourceSpec {
         force_share: args.force_share,
         cache: args.cache.unwrap_or_default(),
+        ..SourceSpec::of("", format)
     };
-    let spec = CompareSpec {
-        first: source(args.first, args.first_format),
-        second: source(args.second, args.second_format),
-        strict: args.strict,
+    let (first_format, second_format) = (args.first_format, args.second_format);
+    let (daemon, first) =
+        target::source(global, &args.first, how(first_format), &[("-f", first_format.is_some())]).await?;
+    let (other, second) =
+        target::source(global, &args.second, how(second_format), &[("-F", second_format.is_some())]).await?;
+    let report = match daemon.or(other) {
+        Some(client) => {
+            let (first, second) = (target::from_the_root(first)?, target::from_the_root(second)?);
+            let kind = JobKind::Compare(CompareSpec { first, second, strict: args.strict });
+            jobs::perform(global, &client, &kind).await?
+        }
+        None => {
+            let spec = CompareSpec { first, second, strict: args.strict };
+            let workshop = target::workshop()?;
+            let progress = Progress::new();
+            progress::watch(progress.clone(), global.quiet, workshop.compare(spec, progress.clone())).await?
+        }
     };
-    let workshop = target::workshop()?;
-    let progress = Progress::new();
-    let report = progress::watch(progress.clone(), global.quiet, workshop.compare(spec, progress.clone())).await?;
     if global.wants_json() {
         output::json(&report)?;
     } else if !global.quiet {

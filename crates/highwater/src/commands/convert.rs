@@ -1,11 +1,13 @@
 //! `highwater convert`.
 
-use super::{Outcome, target};
+use super::{Outcome, jobs, target};
 use crate::args::{ConvertArgs, Global};
 use crate::exit;
 use crate::output;
 use crate::progress;
 use anyhow::anyhow;
+use api::{ConvertReport, JobKind};
+use engine::format_policy;
 use engine::images::Progress;
 use engine::images::request::{BackingSpec, ConvertSpec, SourceSpec};
 
@@ -16,16 +18,24 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
         (Some(_), None) => return Err(anyhow!("-B needs the parent's format as well: give -F FORMAT").into()),
         (None, Some(_)) => return Err(anyhow!("-F names a parent's format, but no parent is given: give -B").into()),
     };
+    let how = SourceSpec {
+        snapshot: args.snapshot.clone(),
+        force_share: args.force_share,
+        cache: args.source_cache.unwrap_or_default(),
+        ..SourceSpec::of("", args.format)
+    };
+    let of_files = [
+        ("-f", args.format.is_some()),
+        ("-l", args.snapshot.is_some()),
+        ("-T", args.source_cache.is_some()),
+        ("-U", args.force_share),
+    ];
+    let (daemon, source) = target::source(global, &args.source, how, &of_files).await?;
+    let format = args.output_format.unwrap_or_else(|| format_policy::of_new(&args.target));
     let spec = ConvertSpec {
-        source: SourceSpec {
-            file: args.source,
-            format: args.format,
-            snapshot: args.snapshot,
-            force_share: args.force_share,
-            cache: args.source_cache.unwrap_or_default(),
-        },
+        source,
         target: args.target,
-        format: args.output_format,
+        format,
         options: target::options(&args.options)?,
         backing,
         compress: args.compress,
@@ -34,9 +44,17 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
         sparse_size: args.sparse_size,
         cache: args.cache.unwrap_or_default(),
     };
-    let workshop = target::workshop()?;
-    let progress = Progress::new();
-    let report = progress::watch(progress.clone(), global.quiet, workshop.convert(spec, progress.clone())).await?;
+    let report: ConvertReport = match daemon {
+        Some(client) => {
+            let target = target::absolute(&spec.target)?;
+            jobs::perform(global, &client, &JobKind::Convert(ConvertSpec { target, ..spec })).await?
+        }
+        None => {
+            let workshop = target::workshop()?;
+            let progress = Progress::new();
+            progress::watch(progress.clone(), global.quiet, workshop.convert(spec, progress.clone())).await?
+        }
+    };
     if global.wants_json() {
         output::json(&report)?;
     }

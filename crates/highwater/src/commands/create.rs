@@ -4,8 +4,11 @@ use super::{Outcome, target};
 use crate::args::{CreateArgs, Global};
 use crate::exit;
 use crate::output;
+use crate::progress;
 use crate::size::human;
 use anyhow::anyhow;
+use engine::format_policy;
+use engine::images::Progress;
 use engine::images::request::{BackingSpec, CreateSpec};
 
 pub(crate) async fn run(global: &Global, args: CreateArgs) -> Outcome {
@@ -15,15 +18,18 @@ pub(crate) async fn run(global: &Global, args: CreateArgs) -> Outcome {
         (Some(_), None) => return Err(anyhow!("-b needs the parent's format as well: give -F FORMAT").into()),
         (None, Some(_)) => return Err(anyhow!("-F names a parent's format, but no parent is given: give -b").into()),
     };
+    let format = args.format.unwrap_or_else(|| format_policy::of_new(&args.file));
     let spec = CreateSpec {
         file: args.file,
-        format: args.format,
+        format,
         size: args.size,
         options: target::options(&args.options)?,
         backing,
         unsafe_backing: args.unsafe_backing,
     };
-    let info = target::workshop()?.create(spec).await?;
+    let workshop = target::workshop()?;
+    let progress = Progress::new();
+    let info = progress::watch(progress.clone(), global.quiet, workshop.create(spec, progress.clone())).await?;
     if global.wants_json() {
         output::json(&info)?;
     } else if !global.quiet {

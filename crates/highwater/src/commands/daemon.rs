@@ -7,7 +7,7 @@ use crate::http::{self, ApiSocket, make_private_directory};
 use crate::output;
 use anyhow::Context;
 use api::default_socket;
-use engine::{Backend, DiskState, Engine, EngineConfig, chain_text};
+use engine::{Backend, DiskState, Engine, EngineConfig, SocketAccess, chain_text};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,7 +24,8 @@ pub(crate) async fn run(global: &Global, args: DaemonArgs) -> Outcome {
     };
     let state = target::absolute(&args.state.unwrap_or_else(default_state))?;
     make_private_directory(&state)?;
-    let config = config(&args.threads, Some(state), nbd_socket);
+    let access = SocketAccess::parse(args.socket_mode.as_deref(), args.socket_group.as_deref())?;
+    let config = config(&args.threads, Some(state), nbd_socket, access);
     let engine = Engine::start(config).await?;
     for disk in engine.disks_status().iter().filter(|d| d.state == DiskState::Failed) {
         eprintln!("highwater: disk {:?}: {}", disk.spec.name, disk.error.as_deref().unwrap_or("not open"));
@@ -60,7 +61,12 @@ fn default_state() -> PathBuf {
 }
 
 /// The engine's configuration from the command line.
-pub(crate) fn config(threads: &ThreadArgs, state: Option<PathBuf>, nbd_socket: PathBuf) -> EngineConfig {
+pub(crate) fn config(
+    threads: &ThreadArgs,
+    state: Option<PathBuf>,
+    nbd_socket: PathBuf,
+    nbd_socket_access: SocketAccess,
+) -> EngineConfig {
     EngineConfig {
         threads: threads.threads.map_or(0, usize::from),
         backend: match threads.io_backend {
@@ -70,6 +76,7 @@ pub(crate) fn config(threads: &ThreadArgs, state: Option<PathBuf>, nbd_socket: P
         },
         state,
         nbd_socket,
+        nbd_socket_access,
     }
 }
 
@@ -77,11 +84,17 @@ pub(crate) fn config(threads: &ThreadArgs, state: Option<PathBuf>, nbd_socket: P
 pub(crate) struct Ends {
     terminate: Signal,
     interrupt: Signal,
+    /// The terminal is gone: nobody is there to end us later.
+    hang_up: Signal,
 }
 
 impl Ends {
     pub(crate) fn new() -> Result<Self, Failure> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
     }
 
     /// Waits for one.
@@ -89,6 +102,7 @@ impl Ends {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            _ = self.hang_up.recv() => {}
         }
     }
 }
@@ -133,7 +147,7 @@ impl SocketDirectory {
     pub(crate) fn make() -> Result<Self, Failure> {
         let runtime = api::runtime_directory();
         let path = runtime.join(format!("serve-{}", std::process::id()));
-        make_private_directory(&path)?;
+        make_private_directory(&path).context("no place for a socket; give --socket PATH or --listen HOST:PORT")?;
         Ok(Self(path))
     }
 

@@ -37,7 +37,12 @@ pub(crate) async fn run(global: &Global, verb: DiskVerb) -> Outcome {
                 uris(&status)?;
             }
         }
-        DiskVerb::Unexport { disk, export } => client.remove_exports(&disk, export.as_deref()).await?,
+        DiskVerb::Open { name } => {
+            let status = client.open_disk(&name).await?;
+            show(global, &status)?;
+        }
+        DiskVerb::Unexport { disk, export: Some(export), .. } => client.remove_export(&disk, &export).await?,
+        DiskVerb::Unexport { disk, export: None, .. } => client.remove_all_exports(&disk).await?,
     }
     Ok(exit::OK)
 }

@@ -2,7 +2,7 @@
 
 use super::Outcome;
 use super::target::{self, Target};
-use crate::args::{Global, InfoArgs};
+use crate::args::{DiskArg, Global, InfoArgs};
 use crate::exit;
 use crate::output;
 use crate::size::human;
@@ -12,7 +12,11 @@ use std::fmt::Write;
 
 pub(crate) async fn run(global: &Global, args: InfoArgs) -> Outcome {
     let chain = match target::find(global, &args.disk.disk).await? {
-        Target::Disk(client, name) => vec![client.info(&name).await?],
+        Target::Disk(client, name) => {
+            let DiskArg { format, force_share, .. } = &args.disk;
+            target::refuse_file_options(&name, &[("-f", format.is_some()), ("-U", *force_share)])?;
+            if args.backing_chain { client.chain(&name).await? } else { vec![client.info(&name).await?] }
+        }
         Target::File(file) => {
             let source = SourceSpec { force_share: args.disk.force_share, ..SourceSpec::of(file, args.disk.format) };
             target::workshop()?.info(source, args.backing_chain).await?

@@ -18,6 +18,8 @@ pub(crate) async fn run(global: &Global, args: MapArgs) -> Outcome {
     };
     let entries = match target::find(global, &args.disk.disk).await? {
         Target::Disk(client, name) => {
+            let of_files = [("-f", args.disk.format.is_some()), ("-U", args.disk.force_share)];
+            target::refuse_file_options(&name, &of_files)?;
             let mut entries = Vec::new();
             let mut next = Some(start).filter(|_| start < end);
             while let Some(start) = next {

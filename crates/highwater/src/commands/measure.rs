@@ -1,23 +1,38 @@
 //! `highwater measure`.
 
-use super::{Outcome, target};
+use super::{Outcome, jobs, target};
 use crate::args::{Global, MeasureArgs};
 use crate::exit;
 use crate::output;
+use crate::progress;
+use api::{JobKind, MeasureReport};
+use engine::images::Progress;
 use engine::images::request::{MeasureSpec, SourceSpec};
 
 pub(crate) async fn run(global: &Global, args: MeasureArgs) -> Outcome {
-    let spec = MeasureSpec {
-        source: args.file.map(|file| SourceSpec {
-            snapshot: args.snapshot,
-            force_share: args.force_share,
-            ..SourceSpec::of(file, args.format)
-        }),
-        size: args.size,
-        format: args.output_format,
-        options: target::options(&args.options)?,
+    let (daemon, source) = match &args.file {
+        None => (None, None),
+        Some(file) => {
+            let how = SourceSpec {
+                snapshot: args.snapshot.clone(),
+                force_share: args.force_share,
+                ..SourceSpec::of("", args.format)
+            };
+            let of_files = [("-f", args.format.is_some()), ("-l", args.snapshot.is_some()), ("-U", args.force_share)];
+            let (daemon, source) = target::source(global, file, how, &of_files).await?;
+            (daemon, Some(source))
+        }
     };
-    let report = target::workshop()?.measure(spec).await?;
+    let spec =
+        MeasureSpec { source, size: args.size, format: args.output_format, options: target::options(&args.options)? };
+    let report: MeasureReport = match daemon {
+        Some(client) => jobs::perform(global, &client, &JobKind::Measure(spec)).await?,
+        None => {
+            let workshop = target::workshop()?;
+            let progress = Progress::new();
+            progress::watch(progress.clone(), global.quiet, workshop.measure(spec, progress.clone())).await?
+        }
+    };
     if global.wants_json() {
         output::json(&report)?;
     } else {

@@ -13,6 +13,7 @@ mod map;
 mod measure;
 mod resize;
 mod serve;
+mod status;
 mod target;
 
 use crate::args::{Cli, Verb};
@@ -50,6 +51,9 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Daemon(args) => daemon::run(&global, args).await,
             Verb::Disk(verb) => disks::run(&global, verb).await,
             Verb::Job(verb) => jobs::run(&global, verb).await,
+            Verb::Status => status::status(&global).await,
+            Verb::Events => status::events(&global).await,
+            Verb::Metrics => status::metrics(&global).await,
             Verb::Attach(args) => attach::run(&global, args).await,
             Verb::Completions { .. } => Ok(exit::OK),
         }

@@ -5,20 +5,23 @@ use super::target::{self, Target};
 use crate::args::{Global, ResizeArgs};
 use crate::exit;
 use crate::output;
+use crate::progress;
 use crate::size::human;
 use anyhow::anyhow;
 use api::ResizeRequest;
-use engine::images::request::{PreallocationMode, ResizeSpec};
+use engine::images::Progress;
+use engine::images::request::ResizeSpec;
 
 pub(crate) async fn run(global: &Global, args: ResizeArgs) -> Outcome {
     let size = match target::find(global, &args.disk).await? {
         Target::Disk(client, name) => {
-            if args.preallocation != PreallocationMode::Off {
-                return Err(anyhow!("--preallocation works on files only: {name} is a disk of the daemon").into());
-            }
+            target::refuse_file_options(&name, &[("-f", args.format.is_some())])?;
             let present = client.disk(&name).await?.virtual_size.unwrap_or(0);
-            let size = args.size.from_present(present).ok_or_else(|| anyhow!("the size would be below 0"))?;
-            let status = client.resize(&name, &ResizeRequest { size, shrink: args.shrink }).await?;
+            let size = args.size.from_present(present).ok_or_else(|| {
+                anyhow!("disk {name:?}: the new size would be below 0 or too large; the present size is {present}")
+            })?;
+            let request = ResizeRequest { size, shrink: args.shrink, preallocation: args.preallocation };
+            let status = client.resize(&name, &request).await?;
             if global.wants_json() {
                 output::json(&status)?;
             }
@@ -32,7 +35,9 @@ pub(crate) async fn run(global: &Global, args: ResizeArgs) -> Outcome {
                 shrink: args.shrink,
                 preallocation: args.preallocation,
             };
-            let info = target::workshop()?.resize(spec).await?;
+            let workshop = target::workshop()?;
+            let progress = Progress::new();
+            let info = progress::watch(progress.clone(), global.quiet, workshop.resize(spec, progress.clone())).await?;
             if global.wants_json() {
                 output::json(&info)?;
             }
@@ -40,7 +45,7 @@ pub(crate) async fn run(global: &Global, args: ResizeArgs) -> Outcome {
         }
     };
     if !global.wants_json() && !global.quiet {
-        output::line(&format!("{}: resized to {} ({size} bytes)", args.disk, human(size)))?;
+        output::line(&format!("{}: resized to {} ({size} bytes)", args.disk.display(), human(size)))?;
     }
     Ok(exit::OK)
 }

@@ -7,7 +7,7 @@ use crate::exit::Failure;
 use crate::http::ApiSocket;
 use crate::output;
 use api::{DiskSpec, ExportSpec, ImageSpec, TlsSpec};
-use engine::{Engine, chain_text, name_of_file};
+use engine::{Engine, SocketAccess, chain_text, name_of_file};
 use serde_json::json;
 
 pub(crate) async fn run(global: &Global, args: ServeArgs) -> Outcome {
@@ -17,10 +17,13 @@ pub(crate) async fn run(global: &Global, args: ServeArgs) -> Outcome {
         None => None,
     };
     let export = export_spec(&args.export, args.export_name, args.read_only)?;
-    let own = if export.socket.is_none() && export.listen.is_none() { Some(SocketDirectory::make()?) } else { None };
+    let own = match export.socket.is_none() && export.listen.is_none() {
+        true => Some(SocketDirectory::make()?),
+        false => None,
+    };
     let nbd_socket =
         own.as_ref().map_or_else(|| api::runtime_directory().join("nbd.sock"), |d| d.path().join("nbd.sock"));
-    let engine = Engine::start(config(&args.threads, None, nbd_socket)).await?;
+    let engine = Engine::start(config(&args.threads, None, nbd_socket, SocketAccess::default())).await?;
     let spec = DiskSpec {
         name: name_of_file(&args.file),
         image: ImageSpec { snapshot: args.snapshot, ..ImageSpec::of(target::absolute(&args.file)?, args.format) },
@@ -37,6 +40,7 @@ pub(crate) async fn run(global: &Global, args: ServeArgs) -> Outcome {
             return Err(error.into());
         }
     };
+    engine.pin(&status.spec.name);
     let uris: Vec<&String> = status.exports.iter().flat_map(|e| &e.uris).collect();
     if global.wants_json() {
         output::json_line(&json!({
@@ -67,6 +71,8 @@ pub(crate) fn export_spec(args: &ExportArgs, name: Option<String>, read_only: bo
     Ok(ExportSpec {
         name,
         socket: args.socket.as_deref().map(target::absolute).transpose()?,
+        socket_mode: args.socket_mode.clone(),
+        socket_group: args.socket_group.clone(),
         listen: args.listen.clone(),
         tls,
         read_only,

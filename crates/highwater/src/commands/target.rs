@@ -3,8 +3,9 @@
 use crate::args::Global;
 use crate::exit::Failure;
 use anyhow::{Context, anyhow};
-use api::{Client, default_socket};
+use api::{Client, socket_to_try};
 use engine::images::Workshop;
+use engine::images::request::SourceSpec;
 use engine::{Backend, validate_name};
 use std::path::{Path, PathBuf};
 
@@ -18,11 +19,11 @@ pub(crate) enum Target {
 
 /// A daemon's disk or a file: with `--api` the daemon is asked first and a file is the second choice;
 /// without, a file that exists comes first and the daemon on the default socket is the second choice.
-pub(crate) async fn find(global: &Global, argument: &str) -> Result<Target, Failure> {
-    let file = PathBuf::from(argument);
-    if validate_name(argument).is_err() {
+pub(crate) async fn find(global: &Global, argument: &Path) -> Result<Target, Failure> {
+    let file = argument.to_owned();
+    let Some(argument) = argument.to_str().filter(|name| validate_name(name).is_ok()) else {
         return Ok(Target::File(file));
-    }
+    };
     match &global.api {
         Some(socket) => {
             let client = Client::new(socket)?;
@@ -34,7 +35,7 @@ pub(crate) async fn find(global: &Global, argument: &str) -> Result<Target, Fail
         }
         None if file.exists() => Ok(Target::File(file)),
         None => {
-            let socket = default_socket();
+            let socket = socket_to_try();
             if !socket.exists() {
                 return Err(anyhow!(
                     "{argument}: no such file, and no daemon is at {} to know a disk of that name",
@@ -51,7 +52,42 @@ pub(crate) async fn find(global: &Global, argument: &str) -> Result<Target, Fail
 
 /// The client of the daemon that `--api` names, or of the one on the default socket.
 pub(crate) fn client(global: &Global) -> Result<Client, Failure> {
-    Ok(Client::new(&global.api.clone().unwrap_or_else(default_socket))?)
+    Ok(Client::new(&global.api.clone().unwrap_or_else(socket_to_try))?)
+}
+
+/// Refuses options that say how a file is opened, for a disk that is open already.
+pub(crate) fn refuse_file_options(disk: &str, options: &[(&str, bool)]) -> Result<(), Failure> {
+    match options.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((option, _)) => {
+            let text = "says how a file is opened, but a disk of the daemon is open already";
+            Err(anyhow!("{disk}: {option} {text}; leave it out, or write ./{disk} for a file of that name").into())
+        }
+    }
+}
+
+/// An image to read: of a file, or of a disk together with the daemon that has it.
+pub(crate) async fn source(
+    global: &Global,
+    argument: &Path,
+    how: SourceSpec,
+    options: &[(&str, bool)],
+) -> Result<(Option<Client>, SourceSpec), Failure> {
+    match find(global, argument).await? {
+        Target::File(file) => Ok((None, SourceSpec { file, ..how })),
+        Target::Disk(client, name) => {
+            refuse_file_options(&name, options)?;
+            Ok((Some(client), SourceSpec::of_disk(name)))
+        }
+    }
+}
+
+/// The same image for a daemon, which has its own working directory.
+pub(crate) fn from_the_root(source: SourceSpec) -> Result<SourceSpec, Failure> {
+    match source.disk {
+        Some(_) => Ok(source),
+        None => Ok(SourceSpec { file: absolute(&source.file)?, ..source }),
+    }
 }
 
 /// A workshop for work on files, with a thread of its own.

@@ -59,20 +59,8 @@ fn status_of(class: ErrorClass) -> StatusCode {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let class = self.0.class();
-        let body = ErrorBody {
-            error: chain_text(&self.0),
-            kind: class.word().to_owned(),
-            next_step: next_step(class).map(str::to_owned),
-        };
+        let body =
+            ErrorBody { error: chain_text(&self.0), kind: class.word().to_owned(), next_step: self.0.next_step() };
         (status_of(class), Json(body)).into_response()
-    }
-}
-
-fn next_step(class: ErrorClass) -> Option<&'static str> {
-    match class {
-        ErrorClass::InUse => Some("stop the process that uses it, or wait until it has ended"),
-        ErrorClass::Corrupt => Some("run `highwater check` on the file while nobody uses it"),
-        ErrorClass::NoSpace => Some("make room and try again"),
-        _ => None,
     }
 }

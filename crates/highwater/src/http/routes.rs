@@ -2,18 +2,23 @@
 
 use super::{Refusal, State, events};
 use api::{
-    DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageInfo, JobKind, JobList,
-    JobStatus, MapQuery, MapReply, ResizeRequest, VersionInfo,
+    DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain, ImageInfo, JobKind,
+    JobList, JobStatus, MapQuery, MapReply, ResizeRequest, VersionInfo,
 };
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{self, DefaultBodyLimit, Path};
+use axum::extract::{self, DefaultBodyLimit, FromRequestParts, Path};
+use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::{Json, Router};
 use disk::ByteRange;
 use engine::EngineError;
+use engine::images::request::NewSize;
+use serde::de::DeserializeOwned;
 use std::sync::Arc;
+use std::time::Duration;
 use utoipa::OpenApi;
+use utoipa::openapi::{ContentBuilder, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -21,6 +26,8 @@ use utoipa_axum::routes;
 const LARGEST_BODY: usize = 1 << 20;
 /// Entries in one answer to `map`.
 const MAP_ENTRIES: usize = 16384;
+/// Between two events that tell how far a job is.
+const BETWEEN_PROGRESS: Duration = Duration::from_millis(500);
 
 #[derive(OpenApi)]
 #[openapi(
@@ -36,6 +43,20 @@ struct Document;
 
 type Answer<T> = Result<T, Refusal>;
 
+/// A part of the path: a disk's name or a job's number.
+struct Part<T>(T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<State> for Part<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &State) -> Result<Self, Refusal> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(part)) => Ok(Self(part)),
+            Err(rejection) => Err(Refusal(EngineError::Invalid(lower(&rejection.body_text())))),
+        }
+    }
+}
+
 /// All paths.
 pub(super) fn router(state: State) -> Router {
     let (router, document) = described();
@@ -49,25 +70,52 @@ pub(super) fn router(state: State) -> Router {
             }),
         )
         .fallback(|| async { Refusal(EngineError::NoSuchPath) })
-        .method_not_allowed_fallback(|| async { Refusal(EngineError::NoSuchPath) })
+        .method_not_allowed_fallback(|| async {
+            let body = ErrorBody {
+                error: EngineError::NoSuchPath.to_string(),
+                kind: EngineError::NoSuchPath.class().word().to_owned(),
+                next_step: None,
+            };
+            (StatusCode::METHOD_NOT_ALLOWED, Json(body))
+        })
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .with_state(state)
 }
 
 fn described() -> (Router<State>, utoipa::openapi::OpenApi) {
-    OpenApiRouter::with_openapi(Document::openapi())
+    let (router, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(version))
         .routes(routes!(events::events))
         .routes(routes!(metrics))
         .routes(routes!(list_disks, add_disk))
         .routes(routes!(show_disk, remove_disk))
+        .routes(routes!(open_disk))
         .routes(routes!(add_export, remove_exports))
         .routes(routes!(map))
         .routes(routes!(info))
+        .routes(routes!(chain))
         .routes(routes!(resize))
         .routes(routes!(list_jobs, start_job))
-        .routes(routes!(show_job, cancel_job))
-        .split_for_parts()
+        .routes(routes!(show_job, forget_job))
+        .routes(routes!(cancel_job))
+        .split_for_parts();
+    describe_errors(&mut document);
+    (router, document)
+}
+
+/// Every operation may be refused, with the same body.
+fn describe_errors(document: &mut utoipa::openapi::OpenApi) {
+    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("ErrorBody"))).build();
+    let response = ResponseBuilder::new()
+        .description("Refused or failed; `kind` in the body says why, and which status that is")
+        .content("application/json", content)
+        .build();
+    for item in document.paths.paths.values_mut() {
+        let operations = [&mut item.get, &mut item.post, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
+            operation.responses.responses.entry("default".to_owned()).or_insert_with(|| response.clone().into());
+        }
+    }
 }
 
 /// Who answers.
@@ -113,7 +161,7 @@ async fn add_disk(
 /// One disk.
 #[utoipa::path(get, path = "/v1/disks/{name}", tag = "disks", params(("name" = String, Path, description = "The disk")),
     responses((status = 200, body = DiskStatus), (status = 404, body = ErrorBody)))]
-async fn show_disk(extract::State(state): extract::State<State>, Path(name): Path<String>) -> Answer<Json<DiskStatus>> {
+async fn show_disk(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<Json<DiskStatus>> {
     Ok(Json(state.engine.disk(&name)?))
 }
 
@@ -121,10 +169,19 @@ async fn show_disk(extract::State(state): extract::State<State>, Path(name): Pat
 #[utoipa::path(delete, path = "/v1/disks/{name}", tag = "disks",
     params(("name" = String, Path, description = "The disk")),
     responses((status = 204), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-async fn remove_disk(extract::State(state): extract::State<State>, Path(name): Path<String>) -> Answer<StatusCode> {
+async fn remove_disk(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<StatusCode> {
     let engine = state.engine;
     uninterrupted(async move { engine.remove_disk(&name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Tries again to open a disk that could not be opened, or those of its exports that could not be.
+#[utoipa::path(post, path = "/v1/disks/{name}/open", tag = "disks",
+    params(("name" = String, Path, description = "The disk")),
+    responses((status = 200, body = DiskStatus), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
+async fn open_disk(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<Json<DiskStatus>> {
+    let engine = state.engine;
+    Ok(Json(uninterrupted(async move { engine.open_again(&name).await }).await?))
 }
 
 /// Opens one more export of a disk.
@@ -134,7 +191,7 @@ async fn remove_disk(extract::State(state): extract::State<State>, Path(name): P
     (status = 400, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
 async fn add_export(
     extract::State(state): extract::State<State>,
-    Path(name): Path<String>,
+    Part(name): Part<String>,
     spec: Result<Json<ExportSpec>, JsonRejection>,
 ) -> Answer<(StatusCode, Json<ExportStatus>)> {
     let spec = body(spec)?;
@@ -143,18 +200,22 @@ async fn add_export(
     Ok((StatusCode::CREATED, Json(status)))
 }
 
-/// Closes one export of a disk, or all.
+/// Closes one export of a disk, or all with `all=true`.
 #[utoipa::path(delete, path = "/v1/disks/{name}/exports", tag = "disks",
     params(("name" = String, Path, description = "The disk"), ExportQuery),
-    responses((status = 204), (status = 404, body = ErrorBody)))]
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody)))]
 async fn remove_exports(
     extract::State(state): extract::State<State>,
-    Path(name): Path<String>,
+    Part(name): Part<String>,
     which: Result<extract::Query<ExportQuery>, QueryRejection>,
 ) -> Answer<StatusCode> {
-    let which = query(which)?;
+    let export = match query(which)? {
+        ExportQuery { name: Some(export), all: false } => Some(export),
+        ExportQuery { name: None, all: true } => None,
+        _ => return Err(EngineError::WhichExport(name).into()),
+    };
     let engine = state.engine;
-    uninterrupted(async move { engine.remove_exports(&name, which.name.as_deref()).await }).await?;
+    uninterrupted(async move { engine.remove_exports(&name, export.as_deref()).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -164,7 +225,7 @@ async fn remove_exports(
     responses((status = 200, body = MapReply), (status = 404, body = ErrorBody)))]
 async fn map(
     extract::State(state): extract::State<State>,
-    Path(name): Path<String>,
+    Part(name): Part<String>,
     part: Result<extract::Query<MapQuery>, QueryRejection>,
 ) -> Answer<Json<MapReply>> {
     let MapQuery { start, length } = query(part)?;
@@ -181,8 +242,16 @@ async fn map(
 #[utoipa::path(get, path = "/v1/disks/{name}/info", tag = "disks",
     params(("name" = String, Path, description = "The disk")),
     responses((status = 200, body = ImageInfo), (status = 404, body = ErrorBody)))]
-async fn info(extract::State(state): extract::State<State>, Path(name): Path<String>) -> Answer<Json<ImageInfo>> {
+async fn info(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<Json<ImageInfo>> {
     Ok(Json(state.engine.info(&name).await?))
+}
+
+/// The facts of a disk's image and of all images below it, top first.
+#[utoipa::path(get, path = "/v1/disks/{name}/chain", tag = "disks",
+    params(("name" = String, Path, description = "The disk")),
+    responses((status = 200, body = ImageChain), (status = 404, body = ErrorBody)))]
+async fn chain(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<Json<ImageChain>> {
+    Ok(Json(ImageChain { images: state.engine.info_of_chain(&name).await? }))
 }
 
 /// Changes a disk's size. New connections see it.
@@ -191,12 +260,13 @@ async fn info(extract::State(state): extract::State<State>, Path(name): Path<Str
     responses((status = 200, body = DiskStatus), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody)))]
 async fn resize(
     extract::State(state): extract::State<State>,
-    Path(name): Path<String>,
+    Part(name): Part<String>,
     request: Result<Json<ResizeRequest>, JsonRejection>,
 ) -> Answer<Json<DiskStatus>> {
-    let ResizeRequest { size, shrink } = body(request)?;
+    let ResizeRequest { size, shrink, preallocation } = body(request)?;
     let engine = state.engine;
-    Ok(Json(uninterrupted(async move { engine.resize(&name, size, shrink).await }).await?))
+    let change = async move { engine.resize(&name, NewSize::To(size), shrink, preallocation).await };
+    Ok(Json(uninterrupted(change).await?))
 }
 
 /// All jobs, oldest first.
@@ -205,7 +275,8 @@ async fn list_jobs(extract::State(state): extract::State<State>) -> Json<JobList
     Json(JobList { jobs: state.engine.jobs().all() })
 }
 
-/// Starts a job: create, convert, compare, check, measure or resize of image files.
+/// Starts a job: create, convert, compare, check, measure or resize of image files. Convert, compare and measure
+/// read disks of the daemon as well.
 #[utoipa::path(post, path = "/v1/jobs", tag = "jobs", request_body = JobKind,
     responses((status = 202, body = JobStatus), (status = 400, body = ErrorBody)))]
 async fn start_job(
@@ -214,20 +285,39 @@ async fn start_job(
 ) -> Answer<(StatusCode, Json<JobStatus>)> {
     let (status, work) = state.engine.begin_job(body(kind)?)?;
     tokio::spawn(work);
+    let (engine, id) = (state.engine, status.id);
+    tokio::spawn(async move {
+        let mut tick = tokio::time::interval(BETWEEN_PROGRESS);
+        tick.tick().await;
+        loop {
+            tick.tick().await;
+            if !engine.tell_job_progress(id) {
+                return;
+            }
+        }
+    });
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
 /// One job.
 #[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path, description = "The job")),
     responses((status = 200, body = JobStatus), (status = 404, body = ErrorBody)))]
-async fn show_job(extract::State(state): extract::State<State>, Path(id): Path<u64>) -> Answer<Json<JobStatus>> {
+async fn show_job(extract::State(state): extract::State<State>, Part(id): Part<u64>) -> Answer<Json<JobStatus>> {
     Ok(Json(state.engine.jobs().show(id)?))
 }
 
-/// Asks a running job to stop, or forgets one that has ended.
+/// Forgets a job that has ended, and its result.
 #[utoipa::path(delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path, description = "The job")),
-    responses((status = 204), (status = 404, body = ErrorBody)))]
-async fn cancel_job(extract::State(state): extract::State<State>, Path(id): Path<u64>) -> Answer<StatusCode> {
+    responses((status = 204), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
+async fn forget_job(extract::State(state): extract::State<State>, Part(id): Part<u64>) -> Answer<StatusCode> {
+    state.engine.jobs().forget(id)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Asks a running job to stop; it ends as `cancelled` soon after.
+#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", tag = "jobs", params(("id" = u64, Path, description = "The job")),
+    responses((status = 204), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
+async fn cancel_job(extract::State(state): extract::State<State>, Part(id): Part<u64>) -> Answer<StatusCode> {
     state.engine.jobs().cancel(id)?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -255,6 +345,7 @@ fn lower(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::Value;
 
     #[test]
     fn the_document_names_every_path() {
@@ -268,14 +359,86 @@ mod tests {
             "/v1/disks/{name}/exports",
             "/v1/disks/{name}/map",
             "/v1/disks/{name}/info",
+            "/v1/disks/{name}/chain",
+            "/v1/disks/{name}/open",
             "/v1/disks/{name}/resize",
             "/v1/jobs",
             "/v1/jobs/{id}",
+            "/v1/jobs/{id}/cancel",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is not described");
+            for (method, operation) in document["paths"][path].as_object().unwrap() {
+                assert!(operation["responses"]["default"].is_object(), "{method} {path} has no description of errors");
+            }
         }
         for schema in ["DiskSpec", "DiskStatus", "ErrorBody", "ExportSpec", "ImageInfo", "JobKind", "MapEntry"] {
             assert!(document["components"]["schemas"][schema].is_object(), "{schema} is not described");
+        }
+    }
+
+    /// What the description of a job's kind demands, as far as this document uses it.
+    fn fits(document: &Value, schema: &Value, value: &Value) -> bool {
+        if let Some(name) = schema["$ref"].as_str() {
+            let schema = document.pointer(name.trim_start_matches('#')).expect("a reference leads somewhere");
+            return fits(document, schema, value);
+        }
+        assert!(schema["allOf"].is_null(), "parts that must all fit are not understood here");
+        if let Some(kinds) = schema["oneOf"].as_array() {
+            return kinds.iter().filter(|kind| fits(document, kind, value)).count() == 1;
+        }
+        let is = |kind: &Value| match kind.as_str() {
+            Some("null") => value.is_null(),
+            Some("string") => value.is_string(),
+            Some("integer") => value.is_u64(),
+            Some("boolean") => value.is_boolean(),
+            Some("array") => value.is_array(),
+            Some("object") => value.is_object(),
+            other => panic!("the type {other:?} is not understood here"),
+        };
+        match &schema["type"] {
+            Value::Null => {}
+            Value::Array(kinds) if !kinds.iter().any(is) => return false,
+            Value::Array(_) => {}
+            kind if !is(kind) => return false,
+            _ => {}
+        }
+        if let Some(words) = schema["enum"].as_array() {
+            return words.contains(value);
+        }
+        let Some(object) = value.as_object() else { return true };
+        let known = |name: &String| schema["properties"][name].is_object();
+        let open = schema["additionalProperties"] != Value::Bool(false);
+        let required = schema["required"].as_array().into_iter().flatten();
+        object.keys().all(|name| open || known(name))
+            && required.into_iter().all(|name| object.contains_key(name.as_str().unwrap_or_default()))
+            && object
+                .iter()
+                .filter(|(name, _)| known(name))
+                .all(|(name, value)| fits(document, &schema["properties"][name], value))
+    }
+
+    #[test]
+    fn the_document_allows_real_jobs() {
+        let document = serde_json::to_value(described().1).unwrap();
+        let schema = &document["components"]["schemas"]["JobKind"];
+        for text in [
+            r#"{"job":"create","file":"/x/a.qcow2","format":"qcow2","size":1,"options":{"compat":"1.1"}}"#,
+            r#"{"job":"convert","source":{"file":"/x/a.raw"},"target":"/x/b.raw","format":"raw"}"#,
+            r#"{"job":"convert","source":{"disk":"d"},"target":"/x/b.raw","format":"raw"}"#,
+            r#"{"job":"compare","first":{"file":"/a"},"second":{"file":"/b"},"strict":true}"#,
+            r#"{"job":"check","file":"/x/a.qcow2","repair":"all"}"#,
+            r#"{"job":"measure","size":5,"format":"qcow2"}"#,
+            r#"{"job":"resize","file":"/x/a.qcow2","size":{"grow":512}}"#,
+        ] {
+            let value: Value = serde_json::from_str(text).unwrap();
+            let kind: JobKind = serde_json::from_str(text).unwrap();
+            assert!(fits(&document, schema, &value), "{text} does not fit {schema:#}");
+            let whole = serde_json::to_value(kind).unwrap();
+            assert!(fits(&document, schema, &whole), "{whole} does not fit {schema:#}");
+        }
+        for text in [r#"{"job":"sing"}"#, r#"{"job":"check"}"#, r#"{"job":"check","file":"/x","fiel":1}"#] {
+            let value: Value = serde_json::from_str(text).unwrap();
+            assert!(!fits(&document, schema, &value), "{text} fits");
         }
     }
 }

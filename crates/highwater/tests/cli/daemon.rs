@@ -1,36 +1,36 @@
 //! The daemon and its API.
 
-use crate::support::{Place, Server};
+use crate::support::{Place, Server, ended, until};
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
 
-struct Daemon {
-    place: Place,
-    server: Option<Server>,
+pub(crate) struct Daemon {
+    pub(crate) place: Place,
+    pub(crate) server: Option<Server>,
 }
 
 impl Daemon {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut this = Self { place: Place::new(), server: None };
         this.start();
         this
     }
 
-    fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         self.server = Some(self.place.start("daemon --state state --api api.sock"));
     }
 
-    fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         let server = self.server.take().expect("it runs");
         assert!(server.end().success());
     }
 
-    fn hw(&self, line: &str) -> crate::support::Ended {
+    pub(crate) fn hw(&self, line: &str) -> crate::support::Ended {
         self.place.hw(&format!("--api api.sock {line}"))
     }
 
     /// Speaks HTTP without our client.
-    fn curl(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
+    pub(crate) fn curl(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
         let url = format!("http://x{path}");
         let mut args = vec!["-s", "--unix-socket", "api.sock", "-X", method, "-w", "\n%{http_code}", &url];
         if let Some(body) = body {
@@ -150,7 +150,8 @@ fn exports_come_and_go() {
     daemon.hw("disk unexport a x").ok();
     assert_ne!(daemon.place.run("nbdinfo", [uri]).code, Some(0));
     assert!(daemon.hw("disk unexport a x").code(1).err.contains("no export"));
-    daemon.hw("disk unexport a").ok();
+    daemon.hw("disk unexport a").code(2);
+    daemon.hw("disk unexport a --all").ok();
     assert!(!socket.exists(), "the last export leaves no socket");
 }
 
@@ -202,7 +203,27 @@ fn http_by_hand() {
     let (code, text) = daemon.curl("GET", "/v1/disks/d/map?start=0&length=1000000000000", None);
     assert_eq!(code, 200);
     assert!(!serde_json::from_str::<Value>(&text).unwrap()["entries"].as_array().unwrap().is_empty());
-    assert_eq!(daemon.curl("GET", "/v1/disks/d/map?start=x", None).0, 400);
+    for (method, path, code) in [
+        ("GET", "/v1/disks/d/map?start=x", 400),
+        ("GET", "/v1/disks/d/map?begin=1", 400),
+        ("GET", "/v1/jobs/abc", 400),
+        ("GET", "/v1/disks/%ff", 400),
+        ("PUT", "/v1/disks", 405),
+        // A misspelt name is not the wish to close all.
+        ("DELETE", "/v1/disks/d/exports?export=d", 400),
+        ("DELETE", "/v1/disks/d/exports", 400),
+        ("DELETE", "/v1/disks/d/exports?name=d&all=true", 400),
+    ] {
+        let (found, text) = daemon.curl(method, path, None);
+        assert_eq!(found, code, "{method} {path}: {text}");
+        assert!(serde_json::from_str::<Value>(&text).unwrap()["error"].is_string(), "{method} {path}: {text}");
+    }
+    let disk = daemon.hw("--json disk show d").ok().json();
+    assert_eq!(disk["exports"].as_array().unwrap().len(), 1, "{disk}");
+    let relative = json!({"job": "create", "file": "rel.qcow2", "format": "qcow2", "size": 1 << 20}).to_string();
+    let (code, text) = daemon.curl("POST", "/v1/jobs", Some(&relative));
+    assert_eq!(code, 400, "{text}");
+    assert!(text.contains("not absolute"), "{text}");
     let (code, text) = daemon.curl("GET", "/metrics", None);
     assert_eq!(code, 200);
     assert!(text.contains("highwater_nbd_requests_total{disk=\"d\",export=\"d\",request=\"read\"} 0"), "{text}");
@@ -230,7 +251,11 @@ fn jobs_do_what_the_commands_do() {
     assert_eq!(status["percent"], 100);
     assert_eq!(status["result"]["virtual-size"], 24 << 20);
     daemon.place.tool("qemu-img compare a.raw b.qcow2").ok();
-    daemon.hw(&format!("job cancel {id}")).ok();
+    assert!(status["ended"].as_u64().unwrap() >= status["started"].as_u64().unwrap());
+    let refused = daemon.hw(&format!("job cancel {id}")).code(1);
+    assert!(refused.err.contains("has ended"), "{refused:?}");
+    assert_eq!(daemon.hw(&format!("--json job wait {id}")).ok().json()["state"], "done");
+    daemon.hw(&format!("job forget {id}")).ok();
     daemon.hw(&format!("job show {id}")).code(1);
 }
 
@@ -263,4 +288,79 @@ fn events_are_told() {
     let mut daemon = daemon;
     daemon.end();
     reader.wait().unwrap();
+}
+
+#[test]
+fn the_format_is_decided_once() {
+    let mut daemon = Daemon::new();
+    daemon.place.hw("create g.img 8M").ok();
+    daemon.place.hw("create nested.qcow2 1M").ok();
+    let uri = daemon.hw("--json disk add g.img").ok().json()["exports"][0]["uris"][0].as_str().unwrap().to_owned();
+    // A guest may put an image onto its disk.
+    daemon.place.run("nbdcopy", ["nested.qcow2", uri.as_str()]).ok();
+    daemon.end();
+    daemon.start();
+    let status = daemon.hw("--json disk show g").ok().json();
+    assert_eq!((&status["state"], &status["format"]), (&json!("open"), &json!("raw")), "{status}");
+    let catalogue = std::fs::read_to_string(daemon.place.path("state/catalogue.json")).unwrap();
+    assert!(catalogue.contains("\"format\": \"raw\""), "{catalogue}");
+}
+
+#[test]
+fn a_refused_disk_does_not_come_back() {
+    let mut daemon = Daemon::new();
+    daemon.place.hw("create a.qcow2 1M").ok();
+    daemon.place.hw("create b.qcow2 1M").ok();
+    let mut holder = std::process::Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "sleep 3000", "a.qcow2"])
+        .current_dir(daemon.place.dir())
+        .spawn()
+        .expect("qemu-io");
+    let held = || daemon.place.tool("qemu-img info a.qcow2").code != Some(0);
+    until("qemu-io holds the image", held);
+    // It is tried for half a second; meanwhile the catalogue is written for another disk.
+    let refused = daemon.place.spawn("--api api.sock disk add a.qcow2");
+    until("the first is on its way", || daemon.hw("--json disk list").out.contains("\"opening\""));
+    daemon.hw("disk add b.qcow2").ok();
+    let refused = ended(refused).code(1);
+    assert!(refused.err.contains("in use by process"), "{refused:?}");
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    daemon.end();
+    daemon.start();
+    let list = daemon.hw("--json disk list").ok().json();
+    let names: Vec<&Value> = list["disks"].as_array().unwrap().iter().map(|d| &d["spec"]["name"]).collect();
+    assert_eq!(names, ["b"]);
+}
+
+#[test]
+fn a_failed_disk_is_opened_again() {
+    let mut daemon = Daemon::new();
+    daemon.place.raw("a.raw", 1 << 20);
+    let uri = daemon.hw("--json disk add a.raw").ok().json()["exports"][0]["uris"][0].as_str().unwrap().to_owned();
+    daemon.end();
+    std::fs::rename(daemon.place.path("a.raw"), daemon.place.path("gone.raw")).unwrap();
+    daemon.start();
+    let refused = daemon.hw("map a").code(1);
+    assert!(refused.err.contains("highwater disk open a"), "{refused:?}");
+    assert!(daemon.hw("attach a").code(1).err.contains("highwater disk open a"));
+    daemon.hw("disk open a").code(1);
+    std::fs::rename(daemon.place.path("gone.raw"), daemon.place.path("a.raw")).unwrap();
+    assert_eq!(daemon.hw("--json disk open a").ok().json()["state"], "open");
+    daemon.place.run("nbdinfo", ["--size", uri.as_str()]).ok();
+    // What is open stays as it is.
+    assert_eq!(daemon.hw("--json disk open a").ok().json()["state"], "open");
+}
+
+#[test]
+fn a_daemon_is_found_without_being_named() {
+    let daemon = Daemon::new();
+    let binary = env!("CARGO_BIN_EXE_highwater");
+    let status = daemon.place.run("env", ["HIGHWATER_API=api.sock", binary, "--json", "status"]).ok().json();
+    assert_eq!(status["disks"]["open"], 0);
+    assert_eq!(status["daemon"]["pid"], daemon.server.as_ref().unwrap().pid());
+    let missing = daemon.place.run("env", ["HIGHWATER_API=none.sock", binary, "status"]).code(1);
+    assert!(missing.err.contains("no daemon answers on none.sock"), "{missing:?}");
+    assert!(missing.err.contains("No such file") && !missing.err.contains("http://"), "{missing:?}");
+    assert!(daemon.hw("metrics").ok().out.contains("highwater_disks"));
 }

@@ -2,5 +2,8 @@
 
 mod daemon;
 mod images;
+mod live_disks;
+mod long_work;
+mod safety;
 mod serve;
 mod support;

@@ -179,3 +179,49 @@ except nbd.Error:
     let commands: Vec<&str> = commands.iter().map(String::as_str).collect();
     place.qemu_io("qcow2", "a.qcow2", &commands);
 }
+
+#[test]
+fn who_may_connect_is_said() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    place.hw("create a.raw 1M").ok();
+    let socket = place.path("s.sock");
+    for (options, mode) in [("", 0o660), ("--socket-mode 0600", 0o600), ("--socket-mode 666 --socket-group 0", 0o666)] {
+        let server = place.start(&format!("serve a.raw --socket {} {options}", socket.display()));
+        let found = std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
+        assert_eq!(found, mode, "{options}: {found:o}");
+        assert!(server.end().success());
+    }
+    for (options, words) in [("--socket-mode rw", "octal"), ("--socket-group no-such-group", "no-such-group")] {
+        let refused = place.hw(&format!("serve a.raw --socket {} {options}", socket.display())).code(1);
+        assert!(refused.err.contains(words), "{options}: {refused:?}");
+        assert!(!socket.exists(), "{options} left a socket");
+    }
+}
+
+#[test]
+fn a_hang_up_is_an_orderly_end() {
+    let place = Place::new();
+    place.hw("create a.qcow2 8M").ok();
+    let socket = place.path("s.sock");
+    let server = place.start(&format!("serve a.qcow2 --socket {}", socket.display()));
+    place.qemu_io("raw", server.uri(), &["write -P 1 0 1M"]);
+    assert!(server.end_by("HUP").success());
+    assert!(!socket.exists(), "the socket was left");
+    place.tool("qemu-img check a.qcow2").ok();
+}
+
+#[test]
+fn the_disk_of_serve_stays() {
+    let place = Place::new();
+    place.hw("create a.raw 1M").ok();
+    let server = place.start("--api api.sock serve a.raw");
+    let refused = place.hw("--api api.sock disk remove a").code(1);
+    assert!(refused.err.contains("end that process"), "{refused:?}");
+    place.run("nbdinfo", ["--size", server.uri()]).ok();
+    assert!(server.end().success());
+    for listen in ["10809", "127.0.0.1", ":10809"] {
+        let refused = place.hw(&format!("serve a.raw --listen {listen}")).code(1);
+        assert!(refused.err.contains("expected HOST:PORT"), "{refused:?}");
+    }
+}

@@ -73,6 +73,20 @@ impl Place {
         self.run(env!("CARGO_BIN_EXE_highwater"), line.split_whitespace())
     }
 
+    /// Starts highwater with the words of a line, and does not wait.
+    pub(crate) fn spawn(&self, line: &str) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_highwater"))
+            .args(line.split_whitespace())
+            .current_dir(self.dir())
+            .env("XDG_RUNTIME_DIR", self.dir())
+            .env("XDG_STATE_HOME", self.dir())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("highwater starts")
+    }
+
     /// Runs another program with the words of a line.
     pub(crate) fn tool(&self, line: &str) -> Ended {
         let mut words = line.split_whitespace();
@@ -150,6 +164,34 @@ impl Place {
     }
 }
 
+/// Sends a process a signal by its name.
+pub(crate) fn send_signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
+    assert!(status.expect("kill").success());
+}
+
+/// Waits for what a process that was started by [`Place::spawn`] ends with.
+pub(crate) fn ended(child: Child) -> Ended {
+    let output = child.wait_with_output().expect("the process ends");
+    Ended {
+        code: output.status.code(),
+        out: String::from_utf8(output.stdout).expect("text"),
+        err: String::from_utf8(output.stderr).expect("text"),
+    }
+}
+
+/// Waits until something is so, for half a minute at most.
+#[track_caller]
+pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
+    for _ in 0..600 {
+        if so() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("waited in vain until {what}");
+}
+
 /// A server; killed when dropped.
 pub(crate) struct Server {
     child: Child,
@@ -176,13 +218,17 @@ impl Server {
 
     /// Sends a signal by its name.
     pub(crate) fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status();
-        assert!(status.expect("kill").success());
+        send_signal(&self.child, name);
     }
 
     /// Ends it with SIGTERM and waits.
-    pub(crate) fn end(mut self) -> ExitStatus {
-        self.signal("TERM");
+    pub(crate) fn end(self) -> ExitStatus {
+        self.end_by("TERM")
+    }
+
+    /// Ends it with that signal and waits.
+    pub(crate) fn end_by(mut self, signal: &str) -> ExitStatus {
+        self.signal(signal);
         self.child.wait().expect("the server ends")
     }
 

@@ -246,6 +246,11 @@ impl Engine {
     pub async fn add_disk(&self, spec: DiskSpec) -> Result<DiskStatus, EngineError> {
         spec.validate()?;
         let name = spec.name.clone();
+        if self.disks().contains_key(&name) {
+            return Err(EngineError::DiskExists(name));
+        }
+        let writable = !spec.read_only && spec.image.snapshot.is_none();
+        self.refuse_image_of_a_disk(spec.image.file.clone(), writable)?;
         {
             let mut disks = self.disks();
             if disks.contains_key(&name) {
@@ -611,19 +616,20 @@ impl Engine {
 
     /// Says which disk holds a file, which is more than the lock can tell.
     fn refuse_images_of_disks(&self, kind: &JobKind) -> Result<(), EngineError> {
-        let same = |a: &PathBuf, b: &PathBuf| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
-        for file in kind.files_to_lock() {
-            let disks = self.disks();
-            let holder = disks
-                .iter()
-                .find(|(_, entry)| matches!(entry.phase, Phase::Open { .. }) && same(&entry.spec.image.file, &file));
-            if let Some((name, entry)) = holder
-                && !entry.status().read_only
-            {
-                return Err(EngineError::HeldByDisk { file, disk: name.clone() });
-            }
+        kind.files_to_lock().into_iter().try_for_each(|file| self.refuse_image_of_a_disk(file, false))
+    }
+
+    /// Refuses the image of an open disk, unless readers share it.
+    fn refuse_image_of_a_disk(&self, file: PathBuf, writable: bool) -> Result<(), EngineError> {
+        let Ok(path) = file.canonicalize() else { return Ok(()) };
+        let open: Vec<DiskStatus> = self.disks_status().into_iter().filter(|d| d.state == DiskState::Open).collect();
+        let holder = open.into_iter().find(|disk| {
+            (writable || !disk.read_only) && disk.spec.image.file.canonicalize().is_ok_and(|other| other == path)
+        });
+        match holder {
+            Some(disk) => Err(EngineError::HeldByDisk { file, disk: disk.spec.name }),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Tells how far a job is; `false` when it has ended.
@@ -671,7 +677,7 @@ impl Engine {
                 })
             })
             .collect();
-        metrics::text(&self.disks_status(), &exports, self.jobs.running())
+        metrics::text(&self.disks_status(), &exports, self.jobs.running(), self.io_threads())
     }
 
     /// Stops all jobs and waits until they have ended, or for 20 seconds.

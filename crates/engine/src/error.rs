@@ -41,7 +41,7 @@ pub enum EngineError {
     Pinned(String),
     /// A file that work is to be done on is the image of a disk.
     #[error(
-        "{} is the image of disk {disk:?}, which is open; remove the disk first, or name the disk instead of the file",
+        "{} is the image of disk {disk:?}, which is open; name the disk instead of the file, or remove it first",
         file.display()
     )]
     HeldByDisk {

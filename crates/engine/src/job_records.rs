@@ -21,6 +21,14 @@ pub(crate) struct JobRecord {
     pub(crate) kind: JobKind,
 }
 
+fn understood(bytes: &[u8]) -> Result<Recorded, String> {
+    let recorded: Recorded = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    match recorded.version {
+        VERSION => Ok(recorded),
+        other => Err(format!("expected version {VERSION}, found {other}")),
+    }
+}
+
 /// What the file holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Recorded {
@@ -41,16 +49,11 @@ impl JobRecords {
         let recorded = match fs::read(&file) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Recorded::default(),
             Err(e) => return Err(EngineError::file(file, "read the list of jobs", e)),
-            Ok(bytes) => {
-                let refuse = |reason| EngineError::Catalogue { file: file.clone(), reason };
-                let recorded: Recorded = serde_json::from_slice(&bytes).map_err(|e| {
-                    refuse(format!("not understood ({e}); move it away: it only says which jobs were interrupted"))
-                })?;
-                if recorded.version != VERSION {
-                    return Err(refuse(format!("expected version {VERSION}, found {}", recorded.version)));
-                }
-                recorded
-            }
+            // It only tells what was interrupted: no reason not to serve disks.
+            Ok(bytes) => understood(&bytes).unwrap_or_else(|reason| {
+                tracing::warn!(file = %file.display(), reason, "jobs that were interrupted are not known");
+                Recorded::default()
+            }),
         };
         Ok((Self(file), recorded))
     }

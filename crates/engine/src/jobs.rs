@@ -57,7 +57,7 @@ impl JobKind {
     /// [`EngineError::Invalid`].
     pub fn validate(&self) -> Result<(), EngineError> {
         self.sources().into_iter().try_for_each(SourceSpec::validate)?;
-        self.own_files().into_iter().try_for_each(|file| require_absolute(file))
+        self.own_files().into_iter().try_for_each(require_absolute)
     }
 
     /// The images that are only read.

@@ -44,7 +44,9 @@ pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckR
         None => check::check(&storage, data_file.as_ref(), &mut step).await,
         Some(mode) => {
             // The repair tells what is left, not what it mended.
-            before = Some(check::check(&storage, data_file.as_ref(), &mut |_, _| {}).await?);
+            let looked = check::check(&storage, data_file.as_ref(), &mut |_, _| {}).await;
+            progress.check()?;
+            before = Some(looked?);
             let mode = match mode {
                 RepairMode::Leaks => check::RepairMode::Leaks,
                 RepairMode::All => check::RepairMode::All,

@@ -116,6 +116,7 @@ pub struct CreateSpec {
     pub size: Option<u64>,
     /// Format options.
     #[serde(default)]
+    #[schema(value_type = BTreeMap<String, String>)]
     pub options: Options,
     /// What shows through where the new image holds nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -138,6 +139,7 @@ pub struct ConvertSpec {
     pub format: Format,
     /// Options of the target's format.
     #[serde(default)]
+    #[schema(value_type = BTreeMap<String, String>)]
     pub options: Options,
     /// The target's backing file; what equals it there is not copied when it is the source's too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -226,6 +228,7 @@ pub struct MeasureSpec {
     pub format: Format,
     /// Options of that format.
     #[serde(default)]
+    #[schema(value_type = BTreeMap<String, String>)]
     pub options: Options,
 }
 

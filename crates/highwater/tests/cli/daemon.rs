@@ -52,6 +52,8 @@ fn disks_survive_a_restart() {
     assert_eq!(added["spec"]["name"], "second");
     let uri = added["exports"][0]["uris"][0].as_str().unwrap().to_owned();
     daemon.place.qemu_io("raw", &uri, &["write -P 7 1M 1M"]);
+    let twice = daemon.hw("disk add b.qcow2 --name third").code(1);
+    assert!(twice.err.contains("is the image of disk \"second\""), "{twice:?}");
     // Two names on one socket.
     let list = daemon.place.run("nbdinfo", ["--list", "--json", &uri.replace("/second?", "/?")]).ok().json();
     assert_eq!(list["exports"].as_array().unwrap().len(), 2);

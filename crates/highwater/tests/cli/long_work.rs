@@ -31,7 +31,7 @@ fn ctrl_c_ends_work_on_files() {
     place.hw("create -f raw small.raw 1M").ok();
     place.hw("create grow.qcow2 1M").ok();
     // So many tables take a while to be checked.
-    place.hw("create -o preallocation=metadata,cluster_size=4k many.qcow2 48G").ok();
+    place.hw("create -o preallocation=metadata,cluster_size=4k many.qcow2 128G").ok();
     let beginning = |name: &str, size: u64| {
         let path = place.path(name);
         until("the work has begun", move || std::fs::metadata(&path).is_ok_and(|f| f.len() >= size));
@@ -46,7 +46,7 @@ fn ctrl_c_ends_work_on_files() {
         let child = place.spawn(&line);
         beginning(file, size);
         // The signal is caught once the work has begun.
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(std::time::Duration::from_millis(200));
         send_signal(&child, "INT");
         let stopped = ended(child);
         assert_eq!(stopped.code, Some(130), "{line}: {stopped:?}");
@@ -79,7 +79,8 @@ fn jobs_are_watched_and_stopped() {
 
     let id = begin(&daemon);
     let progress = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
-    let progress = progress.skip_while(|event| event["event"] != "job-progress").next().unwrap();
+    let mut progress = progress;
+    let progress = progress.find(|event| event["event"] == "job-progress").unwrap();
     assert_eq!((&progress["id"], &progress["total"]), (&json!(id), &json!(200u64 << 30)), "{progress}");
     assert_eq!(progress["unit"], "bytes");
     send_signal(&events, "KILL");

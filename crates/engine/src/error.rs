@@ -151,6 +151,15 @@ pub enum EngineError {
     /// An image's data path failed.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A file that an image needs, its parent for example.
+    #[error("{}: a file that it needs cannot be used", image.display())]
+    Needed {
+        /// The image.
+        image: PathBuf,
+        /// Why, and which file.
+        #[source]
+        source: DiskError,
+    },
     /// A file of the operating system.
     #[error("{}: {doing}", file.display())]
     File {
@@ -280,7 +289,7 @@ impl EngineError {
             | Self::Tls { .. } => ErrorClass::Invalid,
             Self::Unsupported(_) => ErrorClass::Unsupported,
             Self::Cancelled => ErrorClass::Cancelled,
-            Self::Disk(error) => match error.kind() {
+            Self::Disk(error) | Self::Needed { source: error, .. } => match error.kind() {
                 disk::ErrorKind::NotFound => ErrorClass::NotFound,
                 disk::ErrorKind::InUse => ErrorClass::InUse,
                 disk::ErrorKind::Unsupported => ErrorClass::Unsupported,
@@ -307,7 +316,7 @@ impl EngineError {
         match self.class() {
             ErrorClass::Corrupt => {
                 let file = match self {
-                    Self::Disk(error) => error.object().unwrap_or("FILE"),
+                    Self::Disk(error) | Self::Needed { source: error, .. } => error.object().unwrap_or("FILE"),
                     _ => "FILE",
                 };
                 Some(format!("run `highwater check {file}` while nobody uses it"))

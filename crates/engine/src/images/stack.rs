@@ -49,7 +49,16 @@ impl Stack {
         let mut spec = stack_spec(&request.image, Some(request.format))?;
         spec.read_only = !request.writable;
         let gate = FileGate { cache: request.cache, force_share: request.force_share };
-        let chain = Rc::new(chain::open(&spec, &gate).await?);
+        let opened = chain::open(&spec, &gate).await.map_err(|error| {
+            let image = &request.image.file;
+            match error.object() {
+                Some(object) if object != image.display().to_string() => {
+                    EngineError::Needed { image: image.clone(), source: error }
+                }
+                _ => EngineError::Disk(error),
+            }
+        });
+        let chain = Rc::new(opened?);
         let data_file = match request.format {
             Format::Raw => None,
             Format::Qcow2 => data_file_of(&chain).await?,

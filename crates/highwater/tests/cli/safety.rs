@@ -102,6 +102,18 @@ fn new_images_have_the_format_of_their_name() {
 }
 
 #[test]
+fn what_is_missing_is_named_with_who_needs_it() {
+    let place = Place::new();
+    place.hw("create base.raw 1M").ok();
+    place.hw("create -b base.raw -F raw top.qcow2").ok();
+    place.tool("rm base.raw").ok();
+    let failed = place.hw("map top.qcow2").code(1);
+    assert!(failed.err.contains("top.qcow2: a file that it needs") && failed.err.contains("base.raw"), "{failed:?}");
+    let refused = place.hw("convert -n -o cluster_size=4k top.qcow2 x.qcow2").code(1);
+    assert!(refused.err.contains("-n"), "{refused:?}");
+}
+
+#[test]
 fn what_is_no_image_is_named() {
     let place = Place::new();
     place.tool("mkfifo ff.raw").ok();

@@ -18,6 +18,9 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
         (Some(_), None) => return Err(anyhow!("-B needs the parent's format as well: give -F FORMAT").into()),
         (None, Some(_)) => return Err(anyhow!("-F names a parent's format, but no parent is given: give -B").into()),
     };
+    if args.no_create && !args.options.is_empty() {
+        return Err(anyhow!("-o says how the target is made, but with -n it is there already: leave one out").into());
+    }
     let how = SourceSpec {
         snapshot: args.snapshot.clone(),
         force_share: args.force_share,

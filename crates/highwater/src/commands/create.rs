@@ -7,6 +7,7 @@ use crate::output;
 use crate::progress;
 use crate::size::human;
 use anyhow::anyhow;
+use engine::ErrorClass;
 use engine::format_policy;
 use engine::images::Progress;
 use engine::images::request::{BackingSpec, CreateSpec};
@@ -29,7 +30,17 @@ pub(crate) async fn run(global: &Global, args: CreateArgs) -> Outcome {
     };
     let workshop = target::workshop()?;
     let progress = Progress::new();
-    let info = progress::watch(progress.clone(), global.quiet, workshop.create(spec, progress.clone())).await?;
+    let file = spec.file.clone();
+    let work = workshop.create(spec, progress.clone());
+    let info = progress::watch(progress, global.quiet, work).await.map_err(|error| {
+        // What was there before is empty now; what was not there is not there again.
+        let incomplete = error.class() == ErrorClass::Cancelled && file.exists();
+        let error = anyhow::Error::from(error);
+        match incomplete {
+            true => error.context(format!("{} is incomplete; make it again or remove it", file.display())),
+            false => error,
+        }
+    })?;
     if global.wants_json() {
         output::json(&info)?;
     } else if !global.quiet {

@@ -314,15 +314,20 @@ fn a_refused_disk_does_not_come_back() {
     daemon.place.hw("create a.qcow2 1M").ok();
     daemon.place.hw("create b.qcow2 1M").ok();
     let mut holder = std::process::Command::new("qemu-io")
-        .args(["-f", "qcow2", "-c", "sleep 3000", "a.qcow2"])
+        .args(["-f", "qcow2", "-c", "sleep 60000", "a.qcow2"])
         .current_dir(daemon.place.dir())
         .spawn()
         .expect("qemu-io");
     let held = || daemon.place.tool("qemu-img info a.qcow2").code != Some(0);
     until("qemu-io holds the image", held);
     // It is tried for half a second; meanwhile the catalogue is written for another disk.
-    let refused = daemon.place.spawn("--api api.sock disk add a.qcow2");
-    until("the first is on its way", || daemon.hw("--json disk list").out.contains("\"opening\""));
+    let mut refused = daemon.place.spawn("--api api.sock disk add a.qcow2");
+    until("the first is seen on its way", || {
+        if refused.try_wait().unwrap().is_some() {
+            refused = daemon.place.spawn("--api api.sock disk add a.qcow2");
+        }
+        daemon.hw("--json disk list").out.contains("\"opening\"")
+    });
     daemon.hw("disk add b.qcow2").ok();
     let refused = ended(refused).code(1);
     assert!(refused.err.contains("in use by process"), "{refused:?}");

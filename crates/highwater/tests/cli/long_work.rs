@@ -52,6 +52,14 @@ fn ctrl_c_ends_work_on_files() {
         assert_eq!(stopped.code, Some(130), "{line}: {stopped:?}");
         assert!(stopped.err.contains("cancelled"), "{line}: {stopped:?}");
     }
+    // What was there before cannot come back, so it is named.
+    place.hw("create a.img 2G").ok();
+    let child = place.spawn(&format!("create -f raw -o preallocation=full a.img {LONG}"));
+    beginning("a.img", 3 << 30);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    send_signal(&child, "INT");
+    let stopped = ended(child).code(130);
+    assert!(stopped.err.contains("a.img is incomplete"), "{stopped:?}");
     assert!(!place.path("a.raw").exists() && !place.path("a.qcow2").exists(), "an incomplete image was left");
     // An image that did not grow whole did not grow at all.
     for image in ["small.raw", "grow.qcow2"] {

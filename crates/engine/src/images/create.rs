@@ -250,7 +250,7 @@ async fn fill_qcow2(
     progress: &Progress,
 ) -> Result<Created, EngineError> {
     if options.preallocation != Preallocation::Off {
-        let tables = qcow2::measure(options, std::iter::empty())?.required;
+        let tables = qcow2::measure(options, std::iter::empty())?.fully_allocated.saturating_sub(options.size);
         let data = if options.preallocation == Preallocation::Metadata { 0 } else { options.size };
         progress.set_total(tables.saturating_add(data));
     }

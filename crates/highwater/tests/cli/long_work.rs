@@ -103,6 +103,24 @@ fn jobs_are_watched_and_stopped() {
 }
 
 #[test]
+fn progress_is_measured_in_what_is_set_aside() {
+    let daemon = Daemon::new();
+    let size = 64u64 << 20;
+    for (format, preallocation) in [("raw", "full"), ("raw", "falloc"), ("qcow2", "full"), ("qcow2", "falloc")] {
+        let file = daemon.place.path(&format!("{preallocation}.{format}"));
+        let options = json!({"preallocation": preallocation});
+        let job = json!({"job": "create", "file": file, "format": format, "size": size, "options": options});
+        let (code, text) = daemon.curl("POST", "/v1/jobs", Some(&job.to_string()));
+        assert_eq!(code, 202, "{text}");
+        let id = serde_json::from_str::<Value>(&text).unwrap()["id"].as_u64().unwrap();
+        let job = daemon.hw(&format!("--json job wait {id}")).ok().json();
+        let (done, total) = (job["done"].as_u64().unwrap(), job["total"].as_u64().unwrap());
+        assert!((size..size + (1 << 20)).contains(&total), "{job}");
+        assert!(done > total - total / 100, "{job}");
+    }
+}
+
+#[test]
 fn jobs_that_the_end_interrupts_are_listed_afterwards() {
     let mut daemon = Daemon::new();
     let id = begin(&daemon);

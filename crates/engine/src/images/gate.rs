@@ -79,7 +79,10 @@ fn with_next_step(error: DiskError, options: &OpenOptions) -> DiskError {
             let fact = text[at..].split("; end that use first").next().unwrap_or_default();
             let fact = fact.replace("this process (", "this highwater process (");
             let step = match options.read_only {
-                true => "end that use first, or read beside it with -U (force-share), perhaps a state in between",
+                true => {
+                    "end that use first, or read beside it with -U (info, map, check, convert, compare, measure), perhaps \
+                     a state in between"
+                }
                 false => "end that use first",
             };
             again(ErrorKind::InUse, format!("{fact}; {step}"))

@@ -297,11 +297,18 @@ impl Engine {
             self.undo(&home, exports).await;
             return Err(e);
         }
-        let mut disks = self.disks();
-        let entry = disks.get_mut(&spec.name).ok_or_else(|| EngineError::NoSuchDisk(spec.name.clone()))?;
-        entry.phase = Phase::Open { home, facts };
-        entry.exports = exports;
-        Ok(entry.status())
+        {
+            let mut disks = self.disks();
+            let entry = disks.get_mut(&spec.name).ok_or_else(|| EngineError::NoSuchDisk(spec.name.clone()))?;
+            if matches!(entry.phase, Phase::Opening) {
+                entry.phase = Phase::Open { home, facts };
+                entry.exports = exports;
+                return Ok(entry.status());
+            }
+        }
+        // The daemon ends. The disk is in the catalogue, and is opened with the others next time.
+        self.undo(&home, exports).await;
+        Err(EngineError::Busy { name: spec.name.clone(), state: "being closed" })
     }
 
     /// Tries again to open a disk that could not be opened, or those of its exports that could not be.
@@ -401,9 +408,7 @@ impl Engine {
             };
             (home, std::mem::take(&mut entry.exports))
         };
-        for export in exports {
-            self.servers.close(export).await;
-        }
+        self.servers.close_all(exports).await;
         let closed = match home {
             Some(home) => home.close().await,
             None => Ok(()),
@@ -712,9 +717,7 @@ impl Engine {
             })
             .collect();
         let closed = entries.into_iter().map(|(name, home, exports)| async move {
-            for export in exports {
-                self.servers.close(export).await;
-            }
+            self.servers.close_all(exports).await;
             let Some(home) = home else { return Ok(()) };
             home.close().await.inspect_err(|e| tracing::error!(disk = name, error = chain_text(e), "closing a disk"))
         });

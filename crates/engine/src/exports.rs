@@ -7,6 +7,7 @@ use crate::{EngineError, ExportSpec, ExportStatus, SocketAccess, TlsSpec};
 use async_lock::Mutex;
 use dataplane::IoThreads;
 use export_nbd::{Drained, Export, ExportError, ExportStats, Server, ServerConfig, Tls, TlsIdentity};
+use futures_util::future::join_all;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
@@ -181,24 +182,34 @@ impl Servers {
         }
     }
 
+    /// Drains and closes exports on all their addresses, all at the same time: the grace is for all together.
+    pub(crate) async fn close_all(&self, exports: Vec<OpenExport>) {
+        join_all(exports.into_iter().map(|export| self.close(export))).await;
+    }
+
     /// Drains and closes an export on all its addresses.
     pub(crate) async fn close(&self, export: OpenExport) {
-        for endpoint in export.endpoints {
-            let name = &export.status.name;
-            let server = self.listening.lock().await.get(&endpoint).map(|l| l.server.clone());
-            let Some(server) = server else { continue };
-            match server.remove_export(name, GRACE) {
-                Ok(drained) => match drained.await {
-                    Ok(drained) => tell(name, &drained),
-                    Err(_) => tracing::error!(export = name, "an i/o thread ended while the export was drained"),
-                },
-                Err(error) => tracing::warn!(export = name, %error, "closing an export"),
-            }
-            let mut servers = self.listening.lock().await;
-            if server.exports().is_empty() && servers.remove(&endpoint).is_some() {
-                // Under the lock, so that nobody opens the address before its socket is gone.
-                let _ = server.shutdown(GRACE_EMPTY).await;
-            }
+        let name = &export.status.name;
+        join_all(export.endpoints.iter().map(|endpoint| self.close_at(name, endpoint))).await;
+    }
+
+    async fn close_at(&self, name: &str, endpoint: &Endpoint) {
+        let server = self.listening.lock().await.get(endpoint).map(|l| l.server.clone());
+        let Some(server) = server else { return };
+        match server.remove_export(name, GRACE) {
+            Ok(drained) => match drained.await {
+                Ok(drained) => tell(name, &drained),
+                Err(_) => tracing::error!(export = name, "an i/o thread ended while the export was drained"),
+            },
+            Err(error) => tracing::warn!(export = name, %error, "closing an export"),
+        }
+        let mut servers = self.listening.lock().await;
+        // Somebody else may have closed the server meanwhile, and a third one have opened the address anew.
+        let is_still_it = servers.get(endpoint).is_some_and(|listening| listening.server.is(&server));
+        if is_still_it && server.exports().is_empty() {
+            servers.remove(endpoint);
+            // Under the lock, so that nobody opens the address before its socket is gone.
+            let _ = server.shutdown(GRACE_EMPTY).await;
         }
     }
 
@@ -211,7 +222,7 @@ impl Servers {
                 Err(_) => tracing::error!(%endpoint, "an i/o thread ended while the server was drained"),
             }
         });
-        futures_util::future::join_all(ends).await;
+        join_all(ends).await;
     }
 }
 

@@ -6,11 +6,16 @@
 use crate::EngineError;
 use crate::images::stack::Stack;
 use dataplane::IoThread;
+use disk::{DiskError, ErrorKind, Operation};
 use export_nbd::DiskSource;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a disk's storage may take for the last flush.
+const CLOSE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Names a disk for as long as the process lives; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,7 +85,15 @@ impl Home {
         self.thread
             .spawn(move || async move {
                 match DISKS.with_borrow_mut(|disks| disks.remove(&id)) {
-                    Some(stack) => stack.close().await,
+                    Some(stack) => match dataplane::timeout(CLOSE_LIMIT, stack.close()).await {
+                        Some(closed) => closed,
+                        None => Err(DiskError::new(ErrorKind::Io, Operation::Close)
+                            .because(format!(
+                                "not done within {} s: its storage does not answer; what was not flushed may be lost",
+                                CLOSE_LIMIT.as_secs()
+                            ))
+                            .into()),
+                    },
                     None => Ok(()),
                 }
             })

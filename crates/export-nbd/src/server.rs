@@ -239,6 +239,11 @@ impl Server {
         }))
     }
 
+    /// Whether both are handles to the same server.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Names of all exports.
     pub fn exports(&self) -> Vec<String> {
         self.0.exports.read().expect("no panic while the lock is held").keys().cloned().collect()

@@ -107,8 +107,19 @@ impl Ends {
     }
 }
 
+/// Every connection, image and ring takes a file descriptor: as many as the system lets us have.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files could not be raised to what the system allows");
+    }
+}
+
 /// Serves until a signal comes; then drains, flushes and closes. A second signal ends at once.
 pub(crate) async fn serve_until_told(engine: Arc<Engine>, socket: Option<ApiSocket>, mut ends: Ends) -> Outcome {
+    raise_open_files();
     let (end, ending) = watch::channel(false);
     let state = http::State { engine: Arc::clone(&engine), ending };
     let http = tokio::spawn(async move {
@@ -128,7 +139,8 @@ pub(crate) async fn serve_until_told(engine: Arc<Engine>, socket: Option<ApiSock
         }
         () = ends.told() => {
             eprintln!("highwater: told twice to end: not waiting for requests under way");
-            return Ok(exit::FAILED);
+            // Not by the way of the destructors, which wait for the I/O threads and so perhaps for a storage that hangs.
+            std::process::exit(exit::FAILED.into());
         }
     }
     // Answers under way get a moment; nobody can hold the end up.

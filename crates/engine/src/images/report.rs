@@ -242,6 +242,10 @@ pub struct CompareReport {
     /// Where they differ first, if they do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_difference: Option<u64>,
+    /// Where a strict comparison has met bytes that the images hold in different ways (allocated, zero, compressed, in
+    /// a place of their own), if it has and no difference comes before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status_mismatch: Option<u64>,
     /// Whether the sizes differ; what the longer one has more must be zero to be called identical.
     pub sizes_differ: bool,
 }

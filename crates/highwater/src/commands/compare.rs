@@ -47,6 +47,9 @@ async fn compare(global: &Global, args: CompareArgs) -> Outcome {
 }
 
 fn text(report: &CompareReport) -> String {
+    if let Some(offset) = report.status_mismatch {
+        return format!("Strict mode: Offset {offset} block status mismatch!"); // In qemu-img's words.
+    }
     match (report.identical, report.first_difference) {
         (true, _) if report.sizes_differ => "identical but for the size: the longer image ends in zeroes".to_owned(),
         (true, _) => "identical".to_owned(),

@@ -235,6 +235,19 @@ pub async fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Res
     io_result(result).map(drop)
 }
 
+/// Starts to write back what the page cache holds of the range, so that a later [`fdatasync`] is short. Waits only where
+/// the device's queue is full; promises nothing about durability. Blocks: not for I/O threads.
+pub fn start_writeback(file: &std::fs::File, offset: u64, len: u64) -> io::Result<()> {
+    let (Ok(offset), Ok(len)) = (libc::off64_t::try_from(offset), libc::off64_t::try_from(len)) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // SAFETY: a call on an open descriptor, without memory.
+    match unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn is_retried(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
 }

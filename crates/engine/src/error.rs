@@ -182,6 +182,21 @@ pub enum EngineError {
     /// Somebody asked for the work to stop.
     #[error("cancelled")]
     Cancelled,
+    /// A copy that did not come to its end.
+    #[error("{}: {}", target.display(), if *removed {
+        "the copy did not come to its end, and the file was removed again"
+    } else {
+        "the copy is incomplete; do not use it, convert again"
+    })]
+    Unfinished {
+        /// Where the copy was to be.
+        target: PathBuf,
+        /// Whether the target is gone; one that was there before the copy is left as far as it got.
+        removed: bool,
+        /// What ended it.
+        #[source]
+        source: Box<EngineError>,
+    },
     /// An I/O thread ended.
     #[error("an i/o thread has ended; restart the daemon")]
     ThreadGone,
@@ -289,6 +304,7 @@ impl EngineError {
             | Self::Tls { .. } => ErrorClass::Invalid,
             Self::Unsupported(_) => ErrorClass::Unsupported,
             Self::Cancelled => ErrorClass::Cancelled,
+            Self::Unfinished { source, .. } => source.class(),
             Self::Disk(error) | Self::Needed { source: error, .. } => match error.kind() {
                 disk::ErrorKind::NotFound => ErrorClass::NotFound,
                 disk::ErrorKind::InUse => ErrorClass::InUse,

@@ -193,7 +193,10 @@ pub(crate) struct ConvertArgs {
     /// The target reads as zero everywhere
     #[arg(long, requires = "no_create")]
     pub(crate) target_is_zero: bool,
-    /// Bytes of zeroes in a row that become a hole; 0 copies all
+    /// Let the kernel copy plain data, or share it where the file system can, without a search for zeroes
+    #[arg(short = 'C', long, conflicts_with_all = ["compress", "sparse_size"])]
+    pub(crate) copy_range: bool,
+    /// Bytes of zeroes in a row that become a hole; 0 allocates everything
     #[arg(short = 'S', long, value_parser = parse_size, value_name = "SIZE")]
     pub(crate) sparse_size: Option<u64>,
     /// How the host's cache is used for the target
@@ -222,7 +225,7 @@ pub(crate) struct CompareArgs {
     /// The second image's format
     #[arg(short = 'F', long = "second-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) second_format: Option<Format>,
-    /// Different sizes are a difference
+    /// Different sizes or different allocation are a difference
     #[arg(short = 's', long)]
     pub(crate) strict: bool,
     /// How the host's cache is used

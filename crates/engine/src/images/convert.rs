@@ -1,73 +1,111 @@
 //! Copying an image, perhaps into another format.
 //!
-//! The source's map says what need not be read, and where the rest stands. Storages may be used by any thread, so
-//! plain data is read, searched for zeroes and (into raw files) written by all I/O threads; what needs a layer to be
-//! asked is done on the first. Compressed clusters are made by worker threads and written in the order of the disk, so
-//! that the file is compact and reads ahead well.
+//! The source's map says what need not be read, and where the rest stands. Data that stand as they are in a file are
+//! read, searched for zeroes and written by worker threads with plain system calls, in pieces that are large enough for
+//! the page cache to take large folios; this thread only asks the layers where they are and where they go. What
+//! a layer must be asked for (compressed clusters, direct I/O, targets over a parent) goes through the disks. Compressed
+//! clusters are made by workers and written in the order of the disk, so that the file is compact and reads
+//! ahead well.
 //!
-//! The target is written without barriers, as a crash would leave a file that nobody asked for anyway, and
-//! made durable as a whole at the end.
+//! The target is written without barriers, as a crash would leave a file that nobody asked for anyway. Its writeback
+//! begins while the copy goes on, and at the end it is made durable as a whole. A copy that fails takes the
+//! target that it made away again, as nobody could tell it from a whole one.
 
+use super::gate::FileId;
 use super::report::ConvertReport;
 use super::request::{ConvertSpec, CreateSpec};
 use super::stack::{OpenRequest, Stack};
-use super::zeroes::Run;
 use super::{Progress, closing, create, open_source, zeroes};
 use crate::{CacheMode, EngineError, Format};
-use dataplane::IoThread;
-use disk::{Buf, ByteRange, DiskExtent, StorageHandle, StorageId, WriteFlags, ZeroMode};
+use disk::{Below, Buf, ByteRange, DiskError, DiskExtent, Fill, LayerHandle, Operation, Storage, WriteFlags, ZeroMode};
 use formats::qcow2::{Compression, encode_cluster};
-use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
-use std::cell::Cell;
+use futures_util::future::ready;
+use futures_util::stream::{self, Stream, StreamExt};
+use rustix::io::Errno;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
-use std::sync::Arc;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use storage::FileStorage;
 
 /// Bytes of one piece of work.
-const PIECE: u64 = 1 << 20;
-/// Bytes that are read and written at a time where nothing stands between: little enough to stay in the
-/// processor's cache from the read to the write.
-const BLOCK: u64 = 256 << 10;
-/// Pieces under way at the same time on each thread.
-const UNDER_WAY: usize = 2;
+const PIECE: u64 = 2 << 20;
+/// Pieces under way at the same time: beside those that workers have, and those that wait for a place in the target.
+/// With [`PIECE`] they bound the memory.
+const UNDER_WAY: usize = 4;
 /// Pieces under way at the same time when clusters are compressed.
 const ENCODING: usize = 8;
 /// Zeroes in a row that become a hole unless the request says otherwise.
 const SPARSE: u64 = 4096;
+/// Bytes that gather before their writeback is started: enough for long extents and requests.
+const WRITEBACK: u64 = 8 << 20;
 
 /// Copies the image.
-pub(crate) async fn convert(
-    spec: ConvertSpec,
-    progress: Progress,
-    threads: Arc<[IoThread]>,
-) -> Result<ConvertReport, EngineError> {
-    refuse_same_file(&spec).await?;
-    if spec.compress && spec.format == Format::Raw {
-        return Err(EngineError::Invalid("raw images do not hold compressed data; give -O qcow2".to_owned()));
-    }
+pub(crate) async fn convert(spec: ConvertSpec, progress: Progress) -> Result<ConvertReport, EngineError> {
+    validate(&spec)?;
     let source = open_source(&spec.source).await?;
-    let result = into_target(&spec, &source, progress, &threads).await;
+    let result = into_target(&spec, &source, progress).await;
     closing(&source, result).await
 }
 
-async fn refuse_same_file(spec: &ConvertSpec) -> Result<(), EngineError> {
-    let (source, target) = (spec.source.file.clone(), spec.target.clone());
-    let same = dataplane::offload(
-        move || matches!((source.canonicalize(), target.canonicalize()), (Ok(source), Ok(target)) if source == target),
-    )
-    .await;
-    match same {
-        true => Err(EngineError::Invalid(format!("{} is both source and target", spec.target.display()))),
-        false => Ok(()),
+/// Refuses what cannot be done before anything is touched.
+fn validate(spec: &ConvertSpec) -> Result<(), EngineError> {
+    let invalid = |text: &str| Err(EngineError::Invalid(text.to_owned()));
+    if spec.compress && spec.format == Format::Raw {
+        return invalid("raw images do not hold compressed data; give -O qcow2");
     }
+    if spec.compress && !spec.no_create && spec.options.contains_key("data_file") {
+        return invalid("an image with a data_file holds no compressed data; leave out -c or the option data_file");
+    }
+    if spec.copy_range && spec.compress {
+        return invalid("the kernel does not compress what it copies; leave out -c or -C");
+    }
+    if spec.copy_range && spec.sparse_size.is_some() {
+        return invalid("what the kernel copies is not searched for zeroes; leave out -S or -C");
+    }
+    Ok(())
 }
 
-async fn into_target(
-    spec: &ConvertSpec,
-    source: &Stack,
-    progress: Progress,
-    threads: &[IoThread],
-) -> Result<ConvertReport, EngineError> {
+/// Every file of the source, and refuses a target that is one of them under whatever name.
+async fn files_to_keep(spec: &ConvertSpec, source: &Stack) -> Result<Vec<FileId>, EngineError> {
+    let files = source.files().to_vec();
+    let mut written = vec![spec.target.clone()];
+    if let Some(data) = spec.options.get("data_file").filter(|_| !spec.no_create) {
+        written.push(beside(&spec.target, data));
+    }
+    dataplane::offload(move || {
+        let mut kept = Vec::with_capacity(files.len());
+        for file in &files {
+            let found = file.file().metadata();
+            kept.push(FileId::of(&found.map_err(|e| EngineError::file(file.name(), "look at it", e))?));
+        }
+        for target in &written {
+            // What is not there is none of the source's files.
+            let Ok(id) = target.metadata().map(|found| FileId::of(&found)) else { continue };
+            if let Some(at) = kept.iter().position(|kept| *kept == id) {
+                return Err(EngineError::Invalid(format!(
+                    "{} is both source and target: it is the same file as {}, which is read; choose another target",
+                    target.display(),
+                    files[at].name()
+                )));
+            }
+        }
+        Ok(kept)
+    })
+    .await
+}
+
+fn beside(image: &Path, name: &str) -> PathBuf {
+    image.parent().map_or_else(|| PathBuf::from(name), |dir| dir.join(name))
+}
+
+async fn into_target(spec: &ConvertSpec, source: &Stack, progress: Progress) -> Result<ConvertReport, EngineError> {
+    let kept = files_to_keep(spec, source).await?;
     let size = source.disk().geometry().size;
+    progress.check()?;
     let mut reads_zero = spec.target_is_zero;
     if !spec.no_create {
         let made = create::create(&CreateSpec {
@@ -87,36 +125,140 @@ async fn into_target(
         cache: if spec.cache == CacheMode::None { CacheMode::None } else { CacheMode::Unsafe },
         ..OpenRequest::reading(spec.target.clone(), spec.format)
     };
-    let target = Stack::open(&request).await?;
-    let copy = Copy {
-        spec,
-        source,
-        target: &target,
-        progress,
-        threads,
-        turn: Cell::new(0),
-        reads_zero,
-        size,
-        report: Cell::default(),
+    let target = match Stack::open_beside(&request, &kept).await {
+        Ok(target) => target,
+        Err(error) if spec.no_create => return Err(error),
+        Err(error) => return Err(unfinished(spec, &[], error).await),
+    };
+    let prepared = prepare(spec, source, &target, progress, reads_zero).await;
+    let copy = match prepared {
+        Ok(copy) => copy,
+        // Nothing has been written.
+        Err(error) if spec.no_create => return closing(&target, Err(error)).await,
+        Err(error) => {
+            let error = closing::<()>(&target, Err(error)).await.err().unwrap_or(EngineError::Cancelled);
+            return Err(unfinished(spec, target.files(), error).await);
+        }
     };
     let result = copy.run().await;
-    let report = closing(&target, result).await?;
-    if spec.cache != CacheMode::Unsafe {
-        sync(&target).await?;
+    let result = closing(&target, result).await;
+    let result = match result {
+        Ok(report) if spec.cache != CacheMode::Unsafe => sync(spec, &target).await.map(|()| report),
+        other => other,
+    };
+    match result {
+        Ok(report) => Ok(report),
+        Err(error) => Err(unfinished(spec, target.files(), error).await),
     }
-    Ok(report)
 }
 
-/// Makes all files of the top image durable.
-async fn sync(stack: &Stack) -> Result<(), EngineError> {
-    let files = super::info::files_of_top(stack);
+/// Says that the copy has not come to its end, and removes the files that were made for it. They are locked by
+/// `files` meanwhile.
+async fn unfinished(spec: &ConvertSpec, files: &[FileStorage], cause: EngineError) -> EngineError {
+    let target = spec.target.clone();
+    let mut made: Vec<(PathBuf, Option<FileId>)> = Vec::new();
+    if !spec.no_create {
+        for file in files.iter().filter(|file| !file.limits().read_only) {
+            let id = file.file().metadata().ok().map(|found| FileId::of(&found));
+            made.push((PathBuf::from(file.name()), id));
+        }
+        if made.is_empty() {
+            made.push((target.clone(), None));
+        }
+    }
+    let removed = dataplane::offload(move || {
+        let mut removed = !made.is_empty();
+        for (path, id) in made {
+            let done = path.canonicalize().and_then(|path| {
+                let found = path.metadata()?;
+                // Devices stay, and so does what somebody else has put there meanwhile.
+                let ours = found.is_file() && id.is_none_or(|id| id == FileId::of(&found));
+                if ours { std::fs::remove_file(path).map(|()| true) } else { Ok(false) }
+            });
+            removed &= match done {
+                Ok(done) => done,
+                Err(error) => {
+                    tracing::warn!(file = %path.display(), %error, "an incomplete copy could not be removed");
+                    false
+                }
+            };
+        }
+        removed
+    })
+    .await;
+    EngineError::Unfinished { target, removed, source: Box::new(cause) }
+}
+
+/// Makes what was written durable, and the names of new files.
+async fn sync(spec: &ConvertSpec, target: &Stack) -> Result<(), EngineError> {
+    let files: Vec<FileStorage> = target.files().iter().filter(|file| !file.limits().read_only).cloned().collect();
+    let created = !spec.no_create;
     dataplane::offload(move || {
         for file in files {
-            File::open(&file).and_then(|f| f.sync_all()).map_err(|e| EngineError::file(file, "make it durable", e))?;
+            file.file().sync_data().map_err(|e| EngineError::file(file.name(), "make it durable", e))?;
+            let path = Path::new(file.name());
+            if created && let Some(dir) = path.parent() {
+                let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+                match File::open(dir).and_then(|dir| dir.sync_all()) {
+                    // Some file systems have nothing to sync there.
+                    Err(error) if error.raw_os_error() != Some(Errno::INVAL.raw_os_error()) => {
+                        return Err(EngineError::file(dir, "make the new file's name durable", error));
+                    }
+                    _ => {}
+                }
+            }
         }
         Ok(())
     })
     .await
+}
+
+/// Looks whether the target can take the copy; writes nothing.
+async fn prepare<'a>(
+    spec: &'a ConvertSpec,
+    source: &'a Stack,
+    target: &'a Stack,
+    progress: Progress,
+    reads_zero: bool,
+) -> Result<Copy<'a>, EngineError> {
+    let size = source.disk().geometry().size;
+    let there = target.disk().geometry().size;
+    if there < size {
+        return Err(EngineError::Invalid(format!(
+            "{} has {there} bytes, the source has {size}; resize it or let it be created",
+            spec.target.display(),
+        )));
+    }
+    let compression = match spec.compress {
+        false => None,
+        true => {
+            let unit = target.chain().top().geometry().encoded_unit.ok_or_else(|| {
+                EngineError::Unsupported(format!(
+                    "{} keeps its data in a data file and cannot hold compressed data; leave out -c",
+                    spec.target.display()
+                ))
+            })?;
+            Some((super::info::compression_of(target).await?, unit))
+        }
+    };
+    // What shows through from a parent has to be compared, so everything goes through the disk then.
+    let own_layer = target.chain().layers().len() == 1 && spec.backing.is_none();
+    progress.set_total(size);
+    Ok(Copy {
+        spec,
+        source,
+        target,
+        progress,
+        compression,
+        own_layer,
+        reads_zero,
+        size,
+        there,
+        writeback: Arc::new(Writeback::new(spec.cache == CacheMode::Writeback)),
+        no_copy_range: Arc::default(),
+        buffers: RefCell::default(),
+        report: Cell::default(),
+    })
 }
 
 #[derive(Clone, Copy, Default)]
@@ -130,64 +272,87 @@ struct Copy<'a> {
     source: &'a Stack,
     target: &'a Stack,
     progress: Progress,
-    threads: &'a [IoThread],
-    /// Whose turn it is among the threads.
-    turn: Cell<usize>,
+    /// How clusters are compressed, and their size.
+    compression: Option<(Compression, u64)>,
+    /// Nothing shows through the target.
+    own_layer: bool,
     /// Whether what is not written in the target reads as zero.
     reads_zero: bool,
     size: u64,
+    /// The target's size.
+    there: u64,
+    writeback: Arc<Writeback>,
+    /// The kernel has refused to copy between these files.
+    no_copy_range: Arc<AtomicBool>,
+    /// Buffers of [`PIECE`] bytes that are nobody's now.
+    buffers: RefCell<Vec<Buf>>,
     report: Cell<Counts>,
 }
 
-/// A piece of work: a range, and whether it is known to read as zero.
+/// A piece of work.
 struct Piece {
     range: ByteRange,
-    zero: bool,
-    /// Where all its bytes stand as they are.
-    source: Option<(StorageHandle, u64)>,
+    state: State,
+}
+
+/// How the source holds a piece.
+enum State {
+    /// It reads as zero.
+    Zero,
+    /// All its bytes stand as they are in a file, from that offset.
+    File(FileStorage, u64),
+    /// The disk has to be asked.
+    Disk,
+}
+
+/// Bytes on their way into the target.
+#[derive(Clone)]
+enum Bytes {
+    /// A part of a buffer, from that place.
+    Memory(Arc<Buf>, usize),
+    /// In a file, from that offset.
+    File(FileStorage, u64),
 }
 
 impl Copy<'_> {
     async fn run(&self) -> Result<ConvertReport, EngineError> {
-        let there = self.target.disk().geometry().size;
-        if there < self.size {
-            return Err(EngineError::Invalid(format!(
-                "{} has {there} bytes, the source has {}; resize it or let it be created",
-                self.spec.target.display(),
-                self.size
-            )));
-        }
-        self.progress.set_total(self.size);
-        match self.compression().await? {
-            Some(compression) => self.copy_compressed(compression).await?,
-            None => {
-                self.pieces()
-                    .map(|piece| async { self.copy_piece(piece?).await })
-                    .buffer_unordered(UNDER_WAY * self.threads.len())
-                    .try_for_each(|()| async { Ok(()) })
-                    .await?;
-            }
-        }
-        let rest = ByteRange::between(self.size, there);
-        if !self.reads_zero {
-            self.zero(rest).await?;
+        match self.compression {
+            Some((compression, unit)) => self.copy_compressed(compression, unit).await?,
+            None => self.copy_plain().await?,
         }
         let Counts { copied, zero } = self.report.get();
         Ok(ConvertReport { filename: self.spec.target.display().to_string(), virtual_size: self.size, copied, zero })
     }
 
-    async fn compression(&self) -> Result<Option<Compression>, EngineError> {
-        if !self.spec.compress {
-            return Ok(None);
+    async fn copy_plain(&self) -> Result<(), EngineError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let failed: RefCell<Option<EngineError>> = RefCell::default();
+        // After a failure pieces under way are still awaited: a write that goes on behind our back could meet
+        // whoever opens the target next.
+        self.pieces()
+            .take_while(|_| ready(failed.borrow().is_none()))
+            .map(|piece| async {
+                let done = match piece {
+                    Ok(piece) => self.copy_piece(piece).await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = done {
+                    failed.borrow_mut().get_or_insert(error);
+                }
+            })
+            .buffer_unordered(UNDER_WAY + 2 * cores)
+            .for_each(|()| ready(()))
+            .await;
+        match failed.into_inner() {
+            Some(error) => Err(error),
+            None => Ok(()),
         }
-        super::info::compression_of(self.target).await.map(Some)
     }
 
     /// The unit that the target stores: pieces begin and end on it.
     fn unit(&self) -> u64 {
-        let geometry = self.target.chain().top().geometry();
-        let encoded = geometry.encoded_unit.filter(|_| self.spec.compress).unwrap_or(1);
-        geometry.unit.max(encoded)
+        let unit = self.target.chain().top().geometry().unit;
+        unit.max(self.compression.map_or(1, |(_, encoded)| encoded))
     }
 
     /// The whole disk in pieces of up to [`PIECE`] bytes, or one unit if that is more.
@@ -210,89 +375,194 @@ impl Copy<'_> {
         let end = extent.range.end();
         let unit = self.unit();
         let whole = if end == self.size { end } else { end / unit * unit };
-        if extent.zero && whole > at {
-            return Ok(Piece { range: ByteRange::between(at, whole), zero: true, source: None });
+        if extent.zero && whole > at && self.spec.sparse_size != Some(0) {
+            return Ok(Piece { range: ByteRange::between(at, whole), state: State::Zero });
         }
         // Data, up to the next multiple of the request's size; a short extent takes its neighbour along.
         let piece = PIECE.max(unit);
         let boundary = (at / piece + 1).saturating_mul(piece);
         let end = end.div_ceil(unit).saturating_mul(unit).min(boundary).min(self.size);
         let range = ByteRange::between(at, end);
-        let source = match (extent.source, extent.depth) {
+        let state = match (extent.source, extent.depth) {
             (Some(source), Some(depth)) if extent.range.contains(range) && !extent.zero => {
                 let layer = self.source.chain().layers().get(depth as usize);
-                layer.map(|layer| (layer.handle.storage(source.storage).clone(), source.offset))
+                let file = layer.and_then(|layer| self.source.plain_file(layer.handle.storage(source.storage)));
+                file.map_or(State::Disk, |file| State::File(file, source.offset))
             }
-            _ => None,
+            _ => State::Disk,
         };
-        Ok(Piece { range, zero: false, source })
+        Ok(Piece { range, state })
+    }
+
+    /// How finely data are searched for zeroes; `None`: not at all.
+    fn zero_block(&self) -> Option<u64> {
+        match self.spec.sparse_size {
+            Some(0) => None,
+            sparse => Some(sparse.unwrap_or(SPARSE).max(1).next_power_of_two().max(self.unit())),
+        }
     }
 
     async fn copy_piece(&self, piece: Piece) -> Result<(), EngineError> {
         self.progress.check()?;
-        let Piece { range, zero, source } = piece;
-        if zero {
-            if !self.reads_zero {
-                self.zero(range).await?;
-            }
-            self.count(0, range.len());
-            return Ok(());
-        }
-        let block = match self.spec.sparse_size {
-            Some(0) => None,
-            sparse => Some(sparse.unwrap_or(SPARSE).max(1).next_power_of_two().max(self.unit())),
-        };
-        let raw = self.spec.format == Format::Raw && self.spec.backing.is_none() && self.reads_zero;
-        let runs = match source {
-            Some(from) if raw => {
-                let to = (self.target.chain().top().storage(StorageId::IMAGE).clone(), range.offset());
-                let counts = self.elsewhere(move || copy_storage(from, to, range.len(), block)).await?;
-                self.count(counts.copied, counts.zero);
-                return Ok(());
-            }
-            Some((storage, offset)) => {
-                let buf = Buf::new(range.len() as usize);
-                self.elsewhere(move || async move {
-                    let buf = storage.read(offset, buf).await?;
-                    Ok(cut(range, buf, block))
+        let Piece { range, state } = piece;
+        let block = self.zero_block();
+        let (buf, runs) = match state {
+            State::Zero => return self.leave_zero(range).await,
+            State::File(file, offset) => {
+                if self.spec.copy_range && self.own_layer && !self.no_copy_range.load(Ordering::Relaxed) {
+                    return self.write(range, Bytes::File(file, offset)).await;
+                }
+                let buf = self.buffer(range.len());
+                if let Some(to) = self.raw_target(range) {
+                    return self.copy_file(range, (file, offset), to, buf).await;
+                }
+                dataplane::offload(move || {
+                    let mut buf = buf;
+                    read_file(&file, offset, &mut buf)?;
+                    let runs = cut(range, &buf, block);
+                    Ok::<_, EngineError>((buf, runs))
                 })
                 .await?
             }
-            None => {
-                let buf = self.source.disk().read(range.offset(), Buf::new(range.len() as usize)).await?;
-                cut(range, buf, block)
-            }
-        };
-        for (range, bytes) in runs {
-            match bytes {
-                Some(bytes) => self.write(range, bytes).await?,
-                None => {
-                    if !self.reads_zero {
-                        self.zero(range).await?;
+            State::Disk => {
+                let buf = self.source.disk().read(range.offset(), self.buffer(range.len())).await?;
+                match block {
+                    None => (buf, vec![(range, false)]),
+                    Some(_) => {
+                        dataplane::offload(move || {
+                            let runs = cut(range, &buf, block);
+                            (buf, runs)
+                        })
+                        .await
                     }
-                    self.count(0, range.len());
                 }
             }
+        };
+        let buf = Arc::new(buf);
+        for (run, zero) in runs {
+            if zero {
+                self.leave_zero(run).await?;
+            } else {
+                let from = (run.offset() - range.offset()) as usize;
+                self.write(run, Bytes::Memory(Arc::clone(&buf), from)).await?;
+            }
         }
+        self.give_back(Arc::try_unwrap(buf).ok());
         Ok(())
     }
 
-    /// Does work on the next thread in turn.
-    async fn elsewhere<T, F, Fut>(&self, work: F) -> Result<T, EngineError>
-    where
-        F: FnOnce() -> Fut + Send + 'static,
-        Fut: Future<Output = Result<T, EngineError>> + 'static,
-        T: Send + 'static,
-    {
-        // From the last to the first, where everything else happens.
-        let turn = self.turn.get();
-        self.turn.set((turn + 1) % self.threads.len());
-        let thread = &self.threads[self.threads.len() - 1 - turn];
-        thread.spawn(work).await.map_err(|_| EngineError::ThreadGone)?
+    /// The target's file, if it holds the range's bytes at their own offset and as zeroes until now.
+    fn raw_target(&self, range: ByteRange) -> Option<FileStorage> {
+        if self.spec.format != Format::Raw || !self.own_layer || !self.reads_zero {
+            return None;
+        }
+        let file = self.target.plain_file(self.target.chain().top().storage(disk::StorageId::IMAGE))?;
+        (range.end() <= file.size()).then_some(file)
     }
 
-    /// Writes, or leaves out what the target shows already through its backing file.
-    async fn write(&self, range: ByteRange, bytes: Buf) -> Result<(), EngineError> {
+    /// Copies into a raw target, in one go on one worker.
+    async fn copy_file(
+        &self,
+        range: ByteRange,
+        from: (FileStorage, u64),
+        to: FileStorage,
+        buf: Buf,
+    ) -> Result<(), EngineError> {
+        let (block, writeback) = (self.zero_block(), Arc::clone(&self.writeback));
+        let (buf, counts) = dataplane::offload(move || {
+            let mut buf = buf;
+            read_file(&from.0, from.1, &mut buf)?;
+            let mut counts = Counts::default();
+            for (run, zero) in cut(range, &buf, block) {
+                if zero {
+                    counts.zero += run.len();
+                    continue;
+                }
+                let at = (run.offset() - range.offset()) as usize;
+                write_file(&to, run.offset(), &buf[at..at + run.len() as usize], &writeback)?;
+                counts.copied += run.len();
+            }
+            Ok::<_, EngineError>((buf, counts))
+        })
+        .await?;
+        self.give_back(Some(buf));
+        self.count(counts.copied, counts.zero);
+        Ok(())
+    }
+
+    fn buffer(&self, len: u64) -> Buf {
+        let kept = if len == PIECE { self.buffers.borrow_mut().pop() } else { None };
+        kept.unwrap_or_else(|| Buf::new(len as usize))
+    }
+
+    fn give_back(&self, buf: Option<Buf>) {
+        if let Some(buf) = buf.filter(|buf| buf.len() as u64 == PIECE) {
+            self.buffers.borrow_mut().push(buf);
+        }
+    }
+
+    /// Writes a run of data.
+    async fn write(&self, range: ByteRange, bytes: Bytes) -> Result<(), EngineError> {
+        let unit = self.target.chain().top().geometry().unit;
+        let (mut rest, mut bytes) = (range, bytes);
+        // Whole units need no filling around them, so that a worker can write them.
+        if self.own_layer && rest.offset().is_multiple_of(unit) {
+            let end = rest.end() / unit * unit;
+            let top = self.target.chain().top();
+            while rest.offset() < end {
+                let whole = ByteRange::between(rest.offset(), end);
+                let Some(done) = self.write_planned(top, whole, &bytes).await? else { break };
+                self.count(done, 0);
+                rest = rest.skip(done);
+                bytes.advance(done);
+            }
+        }
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let bytes = match bytes {
+            Bytes::Memory(buf, from) if from == 0 && buf.len() as u64 == rest.len() => {
+                Arc::try_unwrap(buf).unwrap_or_else(|shared| Buf::copy_of(&shared))
+            }
+            Bytes::Memory(buf, from) => Buf::copy_of(&buf[from..from + rest.len() as usize]),
+            Bytes::File(..) => self.source.disk().read(rest.offset(), Buf::new(rest.len() as usize)).await?,
+        };
+        self.write_through(rest, bytes).await
+    }
+
+    /// Has a worker write a beginning of whole units of the target; returns how many bytes. `None` when the disk has to do
+    /// it.
+    async fn write_planned(
+        &self,
+        top: &LayerHandle,
+        range: ByteRange,
+        bytes: &Bytes,
+    ) -> Result<Option<u64>, EngineError> {
+        let _guard = top.guard();
+        let prepared = top.prepare_write(range, Below::Zeroes).await?;
+        let plan = *prepared.plan();
+        let filled = plan.ticket.is_some_and(|ticket| ticket.fill != Fill::Nothing);
+        let file = self.target.plain_file(top.storage(plan.storage));
+        // A file that has to grow is the storage's business.
+        let Some(file) = file.filter(|file| !filled && plan.offset.saturating_add(plan.range.len()) <= file.size())
+        else {
+            return Ok(None); // What was planned is rolled back.
+        };
+        let (bytes, len, writeback) = (bytes.clone(), plan.range.len(), Arc::clone(&self.writeback));
+        let no_copy_range = Arc::clone(&self.no_copy_range);
+        dataplane::offload(move || match bytes {
+            Bytes::Memory(buf, from) => write_file(&file, plan.offset, &buf[from..from + len as usize], &writeback),
+            Bytes::File(from, offset) => {
+                copy_range((&from, offset), (&file, plan.offset), len, &no_copy_range, &writeback)
+            }
+        })
+        .await?;
+        prepared.commit().await?;
+        Ok(Some(len))
+    }
+
+    /// Writes through the disk, and leaves out what the target shows already through its backing file.
+    async fn write_through(&self, range: ByteRange, bytes: Buf) -> Result<(), EngineError> {
         if self.spec.backing.is_some() {
             let there = self.target.disk().read(range.offset(), Buf::new(bytes.len())).await?;
             let unit = self.unit() as usize;
@@ -310,13 +580,19 @@ impl Copy<'_> {
             }
             return Ok(());
         }
+        self.target.disk().write(range.offset(), bytes, WriteFlags::default()).await?;
         self.count(range.len(), 0);
-        Ok(self.target.disk().write(range.offset(), bytes, WriteFlags::default()).await?)
+        Ok(())
     }
 
-    async fn zero(&self, range: ByteRange) -> Result<(), EngineError> {
-        let mode = ZeroMode { unmap: true, fast_only: false };
-        Ok(self.target.disk().write_zeroes(range, mode, WriteFlags::default()).await?)
+    /// Sees to it that the range reads as zero.
+    async fn leave_zero(&self, range: ByteRange) -> Result<(), EngineError> {
+        if !self.reads_zero {
+            let mode = ZeroMode { unmap: true, fast_only: false };
+            self.target.disk().write_zeroes(range, mode, WriteFlags::default()).await?;
+        }
+        self.count(0, range.len());
+        Ok(())
     }
 
     /// Counts bytes as done.
@@ -326,45 +602,50 @@ impl Copy<'_> {
         self.progress.advance(copied + zero);
     }
 
-    async fn copy_compressed(&self, compression: Compression) -> Result<(), EngineError> {
-        let unit = self.target.chain().top().geometry().encoded_unit.ok_or_else(|| {
-            EngineError::Unsupported(format!("{} cannot hold compressed data", self.spec.target.display()))
-        })?;
-        let there = self.target.disk().geometry().size;
+    async fn copy_compressed(&self, compression: Compression, unit: u64) -> Result<(), EngineError> {
+        // A last cluster that is cut by the source's end is stored whole, but not over bytes of a longer target: new
+        // targets are longer by what rounding adds, all of it zero.
+        let end = (!self.spec.no_create || self.size == self.there).then_some(self.there);
+        let keep_zeroes = self.spec.sparse_size == Some(0);
         let encoded = self
             .pieces()
             .map(|piece| async move {
-                let piece = piece?;
+                let Piece { range, state } = piece?;
                 self.progress.check()?;
-                if piece.zero {
-                    return Ok((piece, Vec::new()));
-                }
-                let range = piece.range;
-                let buf = self.source.disk().read(range.offset(), Buf::new(range.len() as usize)).await?;
-                let clusters = dataplane::offload(move || encode(range.offset(), buf, unit, there, compression)).await;
-                Ok::<_, EngineError>((piece, clusters))
+                let clusters = match state {
+                    State::Zero => return Ok((range, None)),
+                    State::File(file, offset) => {
+                        let buf = self.buffer(range.len());
+                        dataplane::offload(move || {
+                            let mut buf = buf;
+                            read_file(&file, offset, &mut buf)?;
+                            Ok::<_, EngineError>(encode(range.offset(), buf, unit, end, compression, keep_zeroes))
+                        })
+                        .await?
+                    }
+                    State::Disk => {
+                        let buf = self.source.disk().read(range.offset(), self.buffer(range.len())).await?;
+                        let work = move || encode(range.offset(), buf, unit, end, compression, keep_zeroes);
+                        dataplane::offload(work).await
+                    }
+                };
+                Ok::<_, EngineError>((range, Some(clusters)))
             })
             .buffered(ENCODING);
         let mut encoded = std::pin::pin!(encoded);
         while let Some(done) = encoded.next().await {
-            let (piece, clusters) = done?;
-            if piece.zero {
-                if !self.reads_zero {
-                    self.zero(piece.range).await?;
-                }
-                self.count(0, piece.range.len());
-            }
+            let (range, clusters) = done?;
+            let Some(clusters) = clusters else {
+                self.leave_zero(range).await?;
+                continue;
+            };
             for Cluster { range, bytes } in clusters {
                 match bytes {
-                    Bytes::Zero if self.reads_zero => self.count(0, range.len()),
-                    Bytes::Zero => {
-                        self.zero(range).await?;
-                        self.count(0, range.len());
-                    }
-                    Bytes::Plain(bytes) => self.write(range, bytes).await?,
-                    Bytes::Encoded(bytes) => {
+                    Stored::Zero => self.leave_zero(range).await?,
+                    Stored::Plain(bytes) => self.write_through(range, bytes).await?,
+                    Stored::Encoded(bytes) => {
                         self.target.chain().top().write_encoded(range, &bytes).await?;
-                        self.count(range.len(), 0);
+                        self.count(range.len().min(self.size - range.offset()), 0);
                     }
                 }
             }
@@ -373,66 +654,157 @@ impl Copy<'_> {
     }
 }
 
-/// Cuts a buffer that belongs to `range` where zeroes begin and end, if `block` says how finely.
-fn cut(range: ByteRange, buf: Buf, block: Option<u64>) -> Vec<Run> {
-    match block {
-        None => vec![(range, Some(buf))],
-        Some(block) => zeroes::split(range.offset(), buf, block),
+impl Bytes {
+    fn advance(&mut self, by: u64) {
+        match self {
+            Self::Memory(_, from) => *from += by as usize,
+            Self::File(_, offset) => *offset += by,
+        }
     }
 }
 
-/// Copies `len` bytes from one place to another that reads as zero, and leaves zeroes out.
-async fn copy_storage(
-    from: (StorageHandle, u64),
-    to: (StorageHandle, u64),
-    len: u64,
-    block: Option<u64>,
-) -> Result<Counts, EngineError> {
-    let mut counts = Counts::default();
-    let mut done = 0;
-    while done < len {
-        let part = BLOCK.min(len - done);
-        let buf = from.0.read(from.1 + done, Buf::new(part as usize)).await?;
-        for (range, bytes) in cut(ByteRange::new(to.1 + done, part), buf, block) {
-            match bytes {
-                None => counts.zero += range.len(),
-                Some(bytes) => {
-                    to.0.write(range.offset(), bytes).await?;
-                    counts.copied += range.len();
-                }
-            }
-        }
-        done += part;
+/// Cuts bytes that belong to `range` where zeroes begin and end, if `block` says how finely.
+fn cut(range: ByteRange, bytes: &[u8], block: Option<u64>) -> Vec<zeroes::Run> {
+    match block {
+        None => vec![(range, false)],
+        Some(block) => zeroes::runs(range.offset(), bytes, block),
     }
-    Ok(counts)
+}
+
+fn failed(file: &FileStorage, operation: Operation, offset: u64, len: u64, error: io::Error) -> EngineError {
+    DiskError::from_io(error, operation).on(file.name()).at(ByteRange::new(offset, len)).into()
+}
+
+/// Fills `buf` from a file; what is behind the file's end is zero. Blocks.
+pub(super) fn read_file(file: &FileStorage, offset: u64, buf: &mut [u8]) -> Result<(), EngineError> {
+    let mut done = 0;
+    while done < buf.len() {
+        match file.file().read_at(&mut buf[done..], offset + done as u64) {
+            Ok(0) => {
+                buf[done..].fill(0);
+                break;
+            }
+            Ok(n) => done += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(file, Operation::Read, offset, buf.len() as u64, error)),
+        }
+    }
+    Ok(())
+}
+
+/// Writes into a file, inside its size. Blocks.
+fn write_file(file: &FileStorage, offset: u64, bytes: &[u8], writeback: &Writeback) -> Result<(), EngineError> {
+    let len = bytes.len() as u64;
+    file.file().write_all_at(bytes, offset).map_err(|e| failed(file, Operation::Write, offset, len, e))?;
+    writeback.wrote(file, offset, len);
+    Ok(())
+}
+
+/// Has the kernel copy from file to file, and copies by reading and writing what it does not. Blocks.
+fn copy_range(
+    from: (&FileStorage, u64),
+    to: (&FileStorage, u64),
+    len: u64,
+    refused: &AtomicBool,
+    writeback: &Writeback,
+) -> Result<(), EngineError> {
+    let mut done = 0;
+    while done < len && !refused.load(Ordering::Relaxed) {
+        let (mut at, mut place) = (from.1 + done, to.1 + done);
+        let left = (len - done) as usize;
+        match rustix::fs::copy_file_range(from.0.file(), Some(&mut at), to.0.file(), Some(&mut place), left) {
+            Ok(0) => break, // The source file ends here: what follows reads as zero.
+            Ok(n) => done += n as u64,
+            Err(Errno::INTR) => {}
+            // Not between these files. Whatever else is wrong, reading and writing will tell.
+            Err(_) => refused.store(true, Ordering::Relaxed),
+        }
+    }
+    writeback.wrote(to.0, to.1, done);
+    if done < len {
+        let mut buf = Buf::new((len - done) as usize);
+        read_file(from.0, from.1 + done, &mut buf)?;
+        write_file(to.0, to.1 + done, &buf, writeback)?;
+    }
+    Ok(())
+}
+
+/// Starts the writeback of what has been written, so that the last sync finds little left.
+struct Writeback {
+    wanted: bool,
+    window: Mutex<Window>,
+}
+
+/// What was written since writeback was started last.
+#[derive(Clone, Copy, Default)]
+struct Window {
+    from: u64,
+    to: u64,
+    bytes: u64,
+}
+
+impl Writeback {
+    fn new(wanted: bool) -> Self {
+        Self { wanted, window: Mutex::default() }
+    }
+
+    fn wrote(&self, file: &FileStorage, offset: u64, len: u64) {
+        if !self.wanted || len == 0 {
+            return;
+        }
+        let due = {
+            let mut window = self.window.lock().expect("no panic while the window is locked");
+            *window = match window.bytes {
+                0 => Window { from: offset, to: offset + len, bytes: len },
+                bytes => Window { from: window.from.min(offset), to: window.to.max(offset + len), bytes: bytes + len },
+            };
+            if window.bytes < WRITEBACK {
+                return;
+            }
+            std::mem::take(&mut *window)
+        };
+        // Only a help: the sync at the end reports what goes wrong.
+        if let Err(error) = dataplane::file::start_writeback(file.file(), due.from, due.to - due.from) {
+            tracing::debug!(file = file.name(), %error, "writeback was not started early");
+        }
+    }
 }
 
 struct Cluster {
     range: ByteRange,
-    bytes: Bytes,
+    bytes: Stored,
 }
 
-enum Bytes {
+enum Stored {
     Zero,
-    /// Does not become smaller.
+    /// Does not become smaller, or must not become larger.
     Plain(Buf),
     Encoded(Vec<u8>),
 }
 
 /// Encodes all clusters of a buffer that belongs to `offset`. A last one that is short reaches up to `end`, the
-/// target's: its size may be rounded up.
-fn encode(offset: u64, mut buf: Buf, unit: u64, end: u64, compression: Compression) -> Vec<Cluster> {
+/// target's, whose size may be rounded up; without, it stays as it is.
+fn encode(
+    offset: u64,
+    mut buf: Buf,
+    unit: u64,
+    end: Option<u64>,
+    compression: Compression,
+    keep_zeroes: bool,
+) -> Vec<Cluster> {
     let mut clusters = Vec::with_capacity(buf.len().div_ceil(unit as usize));
     let mut at = offset;
     while !buf.is_empty() {
         let bytes = buf.split_to(buf.len().min(unit as usize));
         let mut range = ByteRange::new(at, bytes.len() as u64);
         at = range.end();
-        let bytes = if zeroes::is_zero(&bytes) {
-            Bytes::Zero
+        let bytes = if !keep_zeroes && zeroes::is_zero(&bytes) {
+            Stored::Zero
         } else {
             let short = bytes.len() < unit as usize;
-            let encoded = if short {
+            let encoded = if short && end.is_none() {
+                None
+            } else if short {
                 // The last cluster of a disk may be cut by its end; its stored form is whole.
                 let mut whole = Buf::zeroed(unit as usize);
                 whole[..bytes.len()].copy_from_slice(&bytes);
@@ -442,10 +814,11 @@ fn encode(offset: u64, mut buf: Buf, unit: u64, end: u64, compression: Compressi
             };
             match encoded {
                 Some(encoded) => {
-                    range = ByteRange::between(range.offset(), (range.offset() + unit).min(end));
-                    Bytes::Encoded(encoded)
+                    let whole = range.offset() + unit;
+                    range = ByteRange::between(range.offset(), end.map_or(whole, |end| whole.min(end)));
+                    Stored::Encoded(encoded)
                 }
-                None => Bytes::Plain(bytes),
+                None => Stored::Plain(bytes),
             }
         };
         clusters.push(Cluster { range, bytes });

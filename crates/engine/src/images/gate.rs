@@ -2,9 +2,12 @@
 
 use crate::CacheMode;
 use chain::{Access, OpenGate, Reference};
-use disk::{DiskError, ErrorKind, LocalFuture, Result, StorageHandle};
+use disk::{DiskError, ErrorKind, LocalFuture, Operation, Result, StorageHandle};
+use std::cell::RefCell;
 use std::error::Error;
+use std::fs::Metadata;
 use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use storage::{FileStorage, LockMode, OpenOptions};
@@ -28,7 +31,9 @@ impl FileGate {
 
     /// Makes an empty file, in place of one that is there and not in use; block devices stay as they are.
     pub(crate) async fn create(&self, path: &Path) -> Result<StorageHandle> {
-        open(path, OpenOptions { cache: self.cache.into(), replace: true, ..OpenOptions::create_new(0) }).await
+        open(path, OpenOptions { cache: self.cache.into(), replace: true, ..OpenOptions::create_new(0) })
+            .await
+            .map(StorageHandle::new)
     }
 }
 
@@ -48,7 +53,7 @@ const TRIES: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Opening blocks, so it is done beside the I/O thread.
-async fn open(path: &Path, options: OpenOptions) -> Result<StorageHandle> {
+async fn open(path: &Path, options: OpenOptions) -> Result<FileStorage> {
     let mut tries = 0;
     loop {
         let path = path.to_owned();
@@ -57,7 +62,7 @@ async fn open(path: &Path, options: OpenOptions) -> Result<StorageHandle> {
                 tries += 1;
                 dataplane::sleep(PAUSE).await;
             }
-            result => return result.map(StorageHandle::new).map_err(|e| with_next_step(e, &options)),
+            result => return result.map_err(|e| with_next_step(e, &options)),
         }
     }
 }
@@ -106,15 +111,21 @@ fn with_next_step(error: DiskError, options: &OpenOptions) -> DiskError {
     }
 }
 
-impl OpenGate for FileGate {
-    fn open_storage<'a>(&'a self, path: &'a Path, access: Access) -> LocalFuture<'a, Result<StorageHandle>> {
+impl FileGate {
+    async fn open_file(&self, path: &Path, access: Access) -> Result<FileStorage> {
         let options = OpenOptions {
             read_only: access == Access::ReadOnly,
             cache: self.cache.into(),
             lock: if self.force_share { LockMode::ForceShare } else { LockMode::Qemu },
             ..OpenOptions::default()
         };
-        Box::pin(open(path, options))
+        open(path, options).await
+    }
+}
+
+impl OpenGate for FileGate {
+    fn open_storage<'a>(&'a self, path: &'a Path, access: Access) -> LocalFuture<'a, Result<StorageHandle>> {
+        Box::pin(async move { self.open_file(path, access).await.map(StorageHandle::new) })
     }
 
     fn allow(&self, _reference: &Reference<'_>) -> Result<()> {
@@ -123,5 +134,78 @@ impl OpenGate for FileGate {
 
     fn identity(&self, path: &Path) -> PathBuf {
         path.canonicalize().unwrap_or_else(|_| path.to_owned())
+    }
+}
+
+/// Which file it is, whatever name led to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileId {
+    block_device: bool,
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// The identity of the file with these metadata; a block device is itself, not the node that names it.
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            return Self { block_device: true, device: metadata.rdev(), inode: 0 };
+        }
+        Self { block_device: false, device: metadata.dev(), inode: metadata.ino() }
+    }
+}
+
+/// A [`FileGate`] that remembers what it has opened, and opens none of the `kept` files for writing.
+pub(crate) struct RecordingGate<'a> {
+    gate: FileGate,
+    kept: &'a [FileId],
+    opened: RefCell<Vec<FileStorage>>,
+}
+
+impl<'a> RecordingGate<'a> {
+    pub(crate) fn new(gate: FileGate, kept: &'a [FileId]) -> Self {
+        Self { gate, kept, opened: RefCell::default() }
+    }
+
+    /// All files, in the order in which they were opened.
+    pub(crate) fn into_opened(self) -> Vec<FileStorage> {
+        self.opened.into_inner()
+    }
+
+    fn refuse_kept(&self, path: &Path, metadata: &Metadata) -> Result<()> {
+        if self.kept.contains(&FileId::of(metadata)) {
+            return Err(DiskError::new(ErrorKind::Invalid, Operation::Open)
+                .on(path.display().to_string())
+                .because("is both source and target; choose another target"));
+        }
+        Ok(())
+    }
+}
+
+impl OpenGate for RecordingGate<'_> {
+    fn open_storage<'a>(&'a self, path: &'a Path, access: Access) -> LocalFuture<'a, Result<StorageHandle>> {
+        Box::pin(async move {
+            if access == Access::ReadWrite
+                && !self.kept.is_empty()
+                && let Ok(metadata) = path.metadata()
+            {
+                self.refuse_kept(path, &metadata)?; // Before its lock, which we may hold ourselves, is asked for.
+            }
+            let file = self.gate.open_file(path, access).await?;
+            if access == Access::ReadWrite {
+                let metadata = file.file().metadata().map_err(|e| DiskError::from_io(e, Operation::Open))?;
+                self.refuse_kept(path, &metadata)?;
+            }
+            self.opened.borrow_mut().push(file.clone());
+            Ok(StorageHandle::new(file))
+        })
+    }
+
+    fn allow(&self, reference: &Reference<'_>) -> Result<()> {
+        self.gate.allow(reference)
+    }
+
+    fn identity(&self, path: &Path) -> PathBuf {
+        self.gate.identity(path)
     }
 }

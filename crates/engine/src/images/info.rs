@@ -154,15 +154,6 @@ fn seen_from(file: &Path, name: &str) -> PathBuf {
     }
 }
 
-/// The names of the top image's files.
-pub(crate) fn files_of_top(stack: &Stack) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = stack.chain().layers().first().map(|layer| layer.path.clone()).into_iter().collect();
-    if let Some(data) = stack.data_file() {
-        files.push(data);
-    }
-    files
-}
-
 /// How the clusters of an open qcow2 image are compressed.
 pub(crate) async fn compression_of(stack: &Stack) -> Result<Compression, EngineError> {
     if stack.format() != Format::Qcow2 {

@@ -113,10 +113,10 @@ impl Workshop {
     /// Copies an image.
     ///
     /// # Errors
-    /// When source or target cannot be opened, read or written; the target is left as far as it got.
+    /// When source or target cannot be opened, read or written. [`EngineError::Unfinished`] when the copy had begun: a target
+    /// that was made for it is removed, another is left as far as it got.
     pub async fn convert(&self, spec: ConvertSpec, progress: Progress) -> Result<ConvertReport, EngineError> {
-        let threads = Arc::clone(&self.threads);
-        self.run(move || async move { convert::convert(spec, progress, threads).await }).await
+        self.run(move || async move { convert::convert(spec, progress).await }).await
     }
 
     /// Compares two images.

@@ -147,13 +147,16 @@ pub struct ConvertSpec {
     /// Store clusters compressed.
     #[serde(default)]
     pub compress: bool,
-    /// The target is there already, with the right size.
+    /// The target is there already and large enough; what is behind the source's size stays as it is.
     #[serde(default)]
     pub no_create: bool,
     /// The target, which is there already, reads as zero everywhere.
     #[serde(default)]
     pub target_is_zero: bool,
-    /// Bytes of zeroes in a row, as data, that become a hole; 0 copies all data. 4096 when absent.
+    /// Let the kernel copy plain data, or share it where the file system can; nothing is searched for zeroes then.
+    #[serde(default)]
+    pub copy_range: bool,
+    /// Bytes of zeroes in a row, as data, that become a hole; 0 allocates everything. 4096 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sparse_size: Option<u64>,
     /// How the host's cache is used for the target.

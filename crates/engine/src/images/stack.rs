@@ -1,14 +1,14 @@
 //! An open stack of images on the present I/O thread.
 
-use super::gate::FileGate;
+use super::gate::{FileGate, FileId, RecordingGate};
 use super::live::LiveDisk;
 use crate::{CacheMode, EngineError, Format, ImageSpec};
 use chain::{Chain, LayerInfo, ParentSpec, StackSpec};
-use disk::{DiskHandle, LayerHandle, StorageId};
-use formats::qcow2::Header;
+use disk::{DiskHandle, LayerHandle, StorageHandle};
 use formats::raw::{self, RawLayer};
 use std::path::PathBuf;
 use std::rc::Rc;
+use storage::FileStorage;
 
 /// What to open, and how.
 #[derive(Clone, Debug)]
@@ -40,15 +40,21 @@ pub(crate) struct Stack {
     chain: Rc<Chain>,
     disk: DiskHandle,
     format: Format,
-    data_file: Option<PathBuf>,
+    files: Vec<FileStorage>,
 }
 
 impl Stack {
     /// Opens it.
     pub(crate) async fn open(request: &OpenRequest) -> Result<Self, EngineError> {
+        Self::open_beside(request, &[]).await
+    }
+
+    /// Opens it, but none of the `kept` files for writing.
+    pub(crate) async fn open_beside(request: &OpenRequest, kept: &[FileId]) -> Result<Self, EngineError> {
         let mut spec = stack_spec(&request.image, Some(request.format))?;
         spec.read_only = !request.writable;
         let gate = FileGate { cache: request.cache, force_share: request.force_share };
+        let gate = RecordingGate::new(gate, kept);
         let opened = chain::open(&spec, &gate).await.map_err(|error| {
             let image = &request.image.file;
             match error.object() {
@@ -59,11 +65,12 @@ impl Stack {
             }
         });
         let chain = Rc::new(opened?);
-        let data_file = match request.format {
-            Format::Raw => None,
-            Format::Qcow2 => data_file_of(&chain).await?,
-        };
-        Ok(Self { disk: DiskHandle::from_rc(Rc::clone(&chain)), chain, format: request.format, data_file })
+        Ok(Self {
+            disk: DiskHandle::from_rc(Rc::clone(&chain)),
+            chain,
+            format: request.format,
+            files: gate.into_opened(),
+        })
     }
 
     /// A stack that reads a disk of the daemon; closing it leaves that disk alone.
@@ -72,7 +79,7 @@ impl Stack {
         let layer =
             LayerInfo { path: live.file.clone(), format: formats::Format::Raw, handle: LayerHandle::new(layer) };
         let chain = Rc::new(Chain::new(vec![layer]));
-        Self { disk: DiskHandle::from_rc(Rc::clone(&chain)), chain, format: Format::Raw, data_file: None }
+        Self { disk: DiskHandle::from_rc(Rc::clone(&chain)), chain, format: Format::Raw, files: Vec::new() }
     }
 
     pub(crate) fn disk(&self) -> &DiskHandle {
@@ -83,9 +90,21 @@ impl Stack {
         &self.chain
     }
 
-    /// The top image's external data file, if there is one.
-    pub(crate) fn data_file(&self) -> Option<PathBuf> {
-        self.data_file.clone()
+    /// All open files of the stack: images, parents and data files.
+    pub(crate) fn files(&self) -> &[FileStorage] {
+        &self.files
+    }
+
+    /// The file behind a storage of this stack, if it can be read and written at any offset by plain system calls.
+    pub(crate) fn plain_file(&self, storage: &StorageHandle) -> Option<FileStorage> {
+        if storage.limits().alignment != 1 {
+            return None; // Direct I/O is the storage's business.
+        }
+        let mut found = self.files.iter().filter(|file| disk::Storage::name(*file) == storage.name());
+        match (found.next(), found.next()) {
+            (Some(file), None) => Some(file.clone()),
+            _ => None, // Two names that look alike, as they are no UTF-8.
+        }
     }
 
     pub(crate) fn format(&self) -> Format {
@@ -96,12 +115,6 @@ impl Stack {
     pub(crate) async fn close(&self) -> Result<(), EngineError> {
         Ok(self.disk.close().await?)
     }
-}
-
-/// The name of the storage that holds the top image's data, if that is not the image itself.
-async fn data_file_of(chain: &Chain) -> Result<Option<PathBuf>, EngineError> {
-    let has = Header::read(chain.top().storage(StorageId::IMAGE)).await?.has_data_file();
-    Ok(has.then(|| PathBuf::from(chain.top().storage(StorageId::DATA).name())))
 }
 
 /// The chain's words for an image and its explicit parents.

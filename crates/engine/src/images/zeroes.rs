@@ -1,6 +1,6 @@
 //! Finding zeroes in data.
 
-use disk::{Buf, ByteRange};
+use disk::ByteRange;
 
 /// Whether all bytes are zero.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
@@ -10,33 +10,25 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     pieces.into_iter().all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|b| *b == 0)
 }
 
-/// A part of a buffer: its place, and its bytes unless all are zero.
-pub(crate) type Run = (ByteRange, Option<Buf>);
+/// A part of a piece of a disk, and whether all its bytes are zero.
+pub(crate) type Run = (ByteRange, bool);
 
-/// Cuts a buffer that belongs to `offset` into runs of data and of zeroes, without copies. Cuts lie on
-/// multiples of `block` (a power of two).
-pub(crate) fn split(offset: u64, mut buf: Buf, block: u64) -> Vec<Run> {
-    let whole = ByteRange::new(offset, buf.len() as u64);
-    let mut ends: Vec<(u64, bool)> = Vec::new();
+/// Cuts bytes that belong to `offset` into runs of data and of zeroes. Cuts lie on multiples of `block` (a power of
+/// two). A block of data is looked at up to its first byte that is not zero, so data cost next to nothing.
+pub(crate) fn runs(offset: u64, bytes: &[u8], block: u64) -> Vec<Run> {
+    let whole = ByteRange::new(offset, bytes.len() as u64);
+    let mut runs: Vec<Run> = Vec::new();
     let mut at = whole.offset();
     while at < whole.end() {
         let end = (at | (block - 1)).saturating_add(1).min(whole.end());
-        let zero = is_zero(&buf[(at - offset) as usize..(end - offset) as usize]);
-        match ends.last_mut() {
-            Some(last) if last.1 == zero => last.0 = end,
-            _ => ends.push((end, zero)),
+        let zero = is_zero(&bytes[(at - offset) as usize..(end - offset) as usize]);
+        match runs.last_mut() {
+            Some((range, last)) if *last == zero => *range = ByteRange::between(range.offset(), end),
+            _ => runs.push((ByteRange::between(at, end), zero)),
         }
         at = end;
     }
-    let mut from = whole.offset();
-    ends.into_iter()
-        .map(|(end, zero)| {
-            let range = ByteRange::between(from, end);
-            let piece = buf.split_to(range.len() as usize);
-            from = end;
-            (range, (!zero).then_some(piece))
-        })
-        .collect()
+    runs
 }
 
 #[cfg(test)]
@@ -44,16 +36,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs() {
-        let mut buf = Buf::zeroed(10_000);
-        buf[4_500] = 1;
-        buf[9_999] = 1;
-        // The buffer begins 100 bytes before a block's end.
-        let runs = split(4096 - 100, buf, 4096);
-        let seen: Vec<_> = runs.iter().map(|(r, b)| (r.offset(), r.len(), b.is_some())).collect();
+    fn runs_are_cut_at_blocks() {
+        let mut bytes = vec![0; 10_000];
+        bytes[4_500] = 1;
+        bytes[9_999] = 1;
+        // The bytes begin 100 bytes before a block's end.
+        let seen: Vec<_> =
+            runs(4096 - 100, &bytes, 4096).iter().map(|(r, zero)| (r.offset(), r.len(), *zero)).collect();
         // Byte 4,500 lies at 8,496 in the disk, byte 9,999 at 13,995.
-        assert_eq!(seen, [(3996, 4196, false), (8192, 5804, true)]);
-        assert!(runs.iter().all(|(r, b)| b.as_ref().is_none_or(|b| b.len() as u64 == r.len())));
+        assert_eq!(seen, [(3996, 4196, true), (8192, 5804, false)]);
     }
 
     #[test]
@@ -67,6 +58,6 @@ mod tests {
                 bytes[at] = 0;
             }
         }
-        assert!(split(0, Buf::zeroed(70_000), 4096).iter().all(|(_, b)| b.is_none()));
+        assert_eq!(runs(0, &vec![0; 70_000], 4096), [(ByteRange::new(0, 70_000), true)]);
     }
 }

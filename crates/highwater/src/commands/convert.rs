@@ -44,6 +44,7 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
         compress: args.compress,
         no_create: args.no_create,
         target_is_zero: args.target_is_zero,
+        copy_range: args.copy_range,
         sparse_size: args.sparse_size,
         cache: args.cache.unwrap_or_default(),
     };

@@ -130,6 +130,137 @@ fn convert_into_what_is_there() {
 }
 
 #[test]
+fn convert_leaves_what_is_behind_the_source() {
+    let place = Place::new();
+    std::fs::write(place.path("s.raw"), b"highwater ".repeat(100_000)).unwrap();
+    let source = std::fs::read(place.path("s.raw")).unwrap();
+    let before = vec![0xa5; 4 << 20];
+    for options in ["", "-S 0", "-C", "-t none"] {
+        std::fs::write(place.path("t.raw"), &before).unwrap();
+        place.hw(&format!("convert -n {options} -O raw s.raw t.raw")).ok();
+        let after = std::fs::read(place.path("t.raw")).unwrap();
+        assert!(after[..source.len()] == source && after[source.len()..] == before[source.len()..], "{options}");
+    }
+    // The source ends inside a cluster of the target.
+    for options in ["", "-c", "-S 0", "-C"] {
+        place.hw("create -f qcow2 t.qcow2 4M").ok();
+        place.qemu_io("qcow2", "t.qcow2", &["write -P 0xa5 0 4M"]);
+        place.hw(&format!("convert -n {options} -O qcow2 s.raw t.qcow2")).ok();
+        sound(&place, "t.qcow2");
+        place.tool("qemu-img convert -O raw t.qcow2 t.raw").ok();
+        let after = std::fs::read(place.path("t.raw")).unwrap();
+        assert!(after[..source.len()] == source && after[source.len()..] == before[source.len()..], "{options}");
+    }
+}
+
+#[test]
+fn convert_never_writes_to_its_source() {
+    let place = Place::new();
+    place.raw("base.raw", SIZE);
+    place.hw("create -f qcow2 -b base.raw -F raw top.qcow2").ok();
+    place.qemu_io("qcow2", "top.qcow2", &["write -P 7 1M 100k"]);
+    place.hw("create -f qcow2 -o data_file=d.bin,data_file_raw=on own.qcow2 4M").ok();
+    place.qemu_io("qcow2", "own.qcow2", &["write -P 7 1M 100k"]);
+    std::fs::hard_link(place.path("base.raw"), place.path("link.raw")).unwrap();
+    std::os::unix::fs::symlink("top.qcow2", place.path("sym.qcow2")).unwrap();
+    let files = ["base.raw", "top.qcow2", "own.qcow2", "d.bin"];
+    let before = files.map(|file| std::fs::read(place.path(file)).unwrap());
+    for line in [
+        "-O raw base.raw link.raw",
+        "-f qcow2 -O qcow2 top.qcow2 base.raw",
+        "-O raw top.qcow2 link.raw",
+        "-O qcow2 top.qcow2 sym.qcow2",
+        "-n -O raw top.qcow2 link.raw",
+        "-O raw own.qcow2 d.bin",
+        "-n -O raw own.qcow2 d.bin",
+        "-O qcow2 -o data_file=d.bin own.qcow2 new.qcow2",
+        // Its data file is the source.
+        "-n -O qcow2 d.bin own.qcow2",
+    ] {
+        for force in ["", "-U"] {
+            let raw = if line.ends_with("d.bin own.qcow2") { "-f raw" } else { "" };
+            let refused = place.hw(&format!("convert {force} {raw} {line}")).code(1);
+            assert!(refused.err.contains("both source and target"), "{line}: {refused:?}");
+        }
+    }
+    assert!(files.map(|file| std::fs::read(place.path(file)).unwrap()) == before);
+    assert!(!place.path("new.qcow2").exists());
+}
+
+#[test]
+fn convert_leaves_no_half_of_a_copy() {
+    let place = Place::new();
+    let text: String = (0..700_000).map(|n| format!("{n} ")).collect();
+    std::fs::write(place.path("a.raw"), &text.as_bytes()[..4 << 20]).unwrap();
+    place.tool("qemu-img convert -c -f raw -O qcow2 a.raw c.qcow2").ok();
+    // The last compressed bytes are damaged, so that the copy fails when most of it is done.
+    let mut bytes = std::fs::read(place.path("c.qcow2")).unwrap();
+    let end = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    bytes[end - 300..=end].fill(0xff);
+    std::fs::write(place.path("c.qcow2"), bytes).unwrap();
+    for (options, target) in [
+        ("-O raw", "b.raw"),
+        ("-O qcow2", "b.qcow2"),
+        ("-c -O qcow2", "b.qcow2"),
+        ("-O qcow2 -o data_file=d.bin", "b.qcow2"),
+    ] {
+        let failed = place.hw(&format!("convert {options} c.qcow2 {target}")).code(1);
+        assert!(failed.err.contains(target) && failed.err.contains("removed"), "{failed:?}");
+        assert!(failed.err.contains("c.qcow2"), "{failed:?}");
+        assert!(!place.path(target).exists() && !place.path("d.bin").exists(), "{options}");
+    }
+    place.raw("t.raw", SIZE);
+    let failed = place.hw("convert -n -O raw c.qcow2 t.raw").code(1);
+    assert!(failed.err.contains("t.raw") && failed.err.contains("incomplete"), "{failed:?}");
+    assert_eq!(std::fs::metadata(place.path("t.raw")).unwrap().len(), SIZE);
+    // What was refused before anything was written stays as it was, and is not called incomplete.
+    place.hw("create -f qcow2 small.qcow2 1M").ok();
+    let refused = place.hw("convert -n -O qcow2 a.raw small.qcow2").code(1);
+    assert!(!refused.err.contains("incomplete"), "{refused:?}");
+    std::fs::write(place.path("keep.qcow2"), b"precious").unwrap();
+    let refused = place.hw("convert -c -O qcow2 -o data_file=d.bin a.raw keep.qcow2").code(1);
+    assert!(refused.err.contains("data_file"), "{refused:?}");
+    assert_eq!(std::fs::read(place.path("keep.qcow2")).unwrap(), b"precious");
+}
+
+#[test]
+fn convert_with_no_holes() {
+    let place = Place::new();
+    place.raw("a.raw", SIZE);
+    for (options, target) in [("-O raw", "b.raw"), ("-O qcow2", "b.qcow2")] {
+        let report = place.hw(&format!("--json convert -S 0 {options} a.raw {target}")).ok().json();
+        assert_eq!(report["copied"], SIZE, "{report}");
+        let actual = place.hw(&format!("info --json {target}")).ok().json()["actual-size"].as_u64().unwrap();
+        assert!(actual >= SIZE, "{target} takes {actual} bytes");
+        same(&place, "a.raw", target);
+    }
+    place.hw("convert -c -S 0 -O qcow2 a.raw c.qcow2").ok();
+    sound(&place, "c.qcow2");
+    same(&place, "a.raw", "c.qcow2");
+    let map = place.hw("map --json c.qcow2").ok().json();
+    assert!(map.as_array().unwrap().iter().all(|run| run["present"] == true), "{map}");
+}
+
+#[test]
+fn convert_by_copies_of_the_kernel() {
+    let place = Place::new();
+    place.raw("a.raw", SIZE + 12_345);
+    for options in ["", "-o cluster_size=4k", "-o extended_l2=on", "-o data_file=d.bin"] {
+        place.hw(&format!("convert -C {options} -O qcow2 a.raw b.qcow2")).ok();
+        sound(&place, "b.qcow2");
+        same(&place, "a.raw", "b.qcow2");
+        place.hw("convert -C -O raw b.qcow2 c.raw").ok();
+        same(&place, "a.raw", "c.raw");
+        place.hw("convert -C -O qcow2 b.qcow2 d.qcow2").ok();
+        sound(&place, "d.qcow2");
+        same(&place, "a.raw", "d.qcow2");
+    }
+    place.hw("convert -C -c -O qcow2 a.raw x.qcow2").code(2);
+    place.hw("convert -C -S 4k -O qcow2 a.raw x.qcow2").code(2);
+    assert!(!place.path("x.qcow2").exists());
+}
+
+#[test]
 fn convert_a_snapshot() {
     let place = Place::new();
     place.tool("qemu-img create -q -f qcow2 a.qcow2 4M").ok();
@@ -139,6 +270,71 @@ fn convert_a_snapshot() {
     place.hw("convert -l before -O raw a.qcow2 b.raw").ok();
     place.qemu_io("raw", "b.raw", &["read -P 1 0 1M", "read -P 0 1M 3M"]);
     assert!(place.hw("convert -l never -O raw a.qcow2 b.raw").code(1).err.contains("never"));
+}
+
+#[test]
+fn compare_huge_and_empty() {
+    let place = Place::new();
+    for name in ["a", "b"] {
+        place.hw(&format!("create -f raw {name}.raw 4T")).ok();
+        place.hw(&format!("create -f qcow2 {name}.qcow2 4T")).ok();
+    }
+    for (a, b) in [("a.raw", "b.raw"), ("a.qcow2", "b.qcow2"), ("a.raw", "b.qcow2")] {
+        place.hw(&format!("compare {a} {b}")).ok();
+    }
+    place.hw("compare -s a.raw b.raw").ok();
+    place.hw("compare -s a.qcow2 b.qcow2").ok();
+    // One byte, far out, and behind the end of the shorter image.
+    let far = (3u64 << 40) + 12_345;
+    for (b, place_of_it) in [("b.raw", far), ("b.qcow2", far)] {
+        let format = b.split_once('.').unwrap().1;
+        place.qemu_io(format, b, &[&format!("write -P 1 {far} 1")]);
+        for a in ["a.raw", "a.qcow2"] {
+            let report = place.hw(&format!("--json compare {a} {b}")).code(1).json();
+            assert_eq!(report["first-difference"], place_of_it, "{a} {b}: {report}");
+            place.tool("qemu-img create -q -f raw short.raw 1T").ok();
+            let report = place.hw(&format!("--json compare short.raw {b}")).code(1).json();
+            assert_eq!(report["first-difference"], place_of_it, "{a} {b}: {report}");
+        }
+    }
+}
+
+#[test]
+fn compare_strictly_as_qemu_img_does() {
+    let place = Place::new();
+    place.raw("data.raw", SIZE);
+    place.tool("qemu-img convert -f raw -O qcow2 data.raw data.qcow2").ok();
+    place.tool("qemu-img convert -S 0 -f raw -O qcow2 data.raw full.qcow2").ok();
+    place.tool("qemu-img convert -c -f raw -O qcow2 data.raw packed.qcow2").ok();
+    place.tool("qemu-img create -q -f qcow2 -b data.raw -F raw over.qcow2").ok();
+    place.tool(&format!("qemu-img create -q -f raw hole.raw {SIZE}")).ok();
+    std::fs::write(place.path("zero.raw"), vec![0; SIZE as usize]).unwrap();
+    place.tool(&format!("qemu-img create -q -f qcow2 hole.qcow2 {SIZE}")).ok();
+    place.tool(&format!("qemu-img create -q -f qcow2 flag.qcow2 {SIZE}")).ok();
+    place.qemu_io("qcow2", "flag.qcow2", &[&format!("write -z 0 {SIZE}")]);
+    let images = [
+        "data.raw",
+        "data.qcow2",
+        "full.qcow2",
+        "packed.qcow2",
+        "over.qcow2",
+        "hole.raw",
+        "zero.raw",
+        "hole.qcow2",
+        "flag.qcow2",
+    ];
+    for a in images {
+        for b in images {
+            let judge = place.tool(&format!("qemu-img compare -s {a} {b}"));
+            let ours = place.hw(&format!("compare -s {a} {b}"));
+            assert_eq!(ours.code, judge.code, "{a} {b}: {ours:?} {judge:?}");
+        }
+    }
+    // Whether a run of bytes ends with the file is a part of qemu-img's status, so its offsets may be lower.
+    let ours = place.hw("--json compare -s data.raw full.qcow2").code(1).json();
+    assert_eq!(ours["status-mismatch"], 73_728, "where the first hole begins: {ours}");
+    let judge = place.tool("qemu-img compare -s data.qcow2 packed.qcow2").code(1);
+    assert_eq!(place.hw("compare -s data.qcow2 packed.qcow2").code(1).out, judge.out);
 }
 
 #[test]

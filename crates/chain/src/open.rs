@@ -54,6 +54,10 @@ pub trait OpenGate {
     fn allow(&self, reference: &Reference<'_>) -> Result<()>;
     /// What is equal for two paths of one file (its canonical path, for example); finds loops.
     fn identity(&self, path: &Path) -> PathBuf;
+    /// Who does what takes long (decompression); by default the thread that asks.
+    fn workers(&self) -> qcow2::Workers {
+        qcow2::Workers::default()
+    }
 }
 
 /// An image of which the file is open and the header read, but nothing was changed yet.
@@ -97,7 +101,7 @@ pub async fn open(spec: &StackSpec, gate: &dyn OpenGate) -> Result<Chain> {
     }
     let mut layers = Vec::with_capacity(found.len());
     while let Some(image) = found.pop() {
-        match open_layer(image).await {
+        match open_layer(image, gate.workers()).await {
             Ok(layer) => layers.push(layer),
             Err(error) => {
                 for layer in &layers {
@@ -208,12 +212,12 @@ fn parent_of(child: &Path, name: &str, format: Option<&str>, gate: &dyn OpenGate
     Ok(StackSpec { read_only: true, ..StackSpec::new(path, format) })
 }
 
-async fn open_layer(image: Found) -> Result<LayerInfo> {
+async fn open_layer(image: Found, workers: qcow2::Workers) -> Result<LayerInfo> {
     let Found { spec: StackSpec { path, format, snapshot, read_only, .. }, storage, data_file } = image;
     let handle = match format {
         Format::Raw => LayerHandle::new(raw::RawLayer::open(storage, raw::OpenOptions { read_only, size: None })),
         Format::Qcow2 => {
-            let options = qcow2::OpenOptions { snapshot, read_only, ..qcow2::OpenOptions::default() };
+            let options = qcow2::OpenOptions { snapshot, read_only, workers, ..qcow2::OpenOptions::default() };
             LayerHandle::from_rc(qcow2::Image::open(storage, data_file, options).await?)
         }
     };

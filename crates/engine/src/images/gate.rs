@@ -3,6 +3,7 @@
 use crate::CacheMode;
 use chain::{Access, OpenGate, Reference};
 use disk::{DiskError, ErrorKind, LocalFuture, Operation, Result, StorageHandle};
+use formats::qcow2::Workers;
 use std::cell::RefCell;
 use std::error::Error;
 use std::fs::Metadata;
@@ -135,6 +136,10 @@ impl OpenGate for FileGate {
     fn identity(&self, path: &Path) -> PathBuf {
         path.canonicalize().unwrap_or_else(|_| path.to_owned())
     }
+
+    fn workers(&self) -> Workers {
+        Workers::new(|job| Box::pin(dataplane::offload(job)))
+    }
 }
 
 /// Which file it is, whatever name led to it.
@@ -207,5 +212,9 @@ impl OpenGate for RecordingGate<'_> {
 
     fn identity(&self, path: &Path) -> PathBuf {
         self.gate.identity(path)
+    }
+
+    fn workers(&self) -> Workers {
+        self.gate.workers()
     }
 }

@@ -5,11 +5,39 @@ use super::entry::{CompressedAt, L2Entry};
 use super::fault::Fault;
 use super::image::Image;
 use disk::{Buf, ByteRange, DiskError, Result};
+use futures_util::stream::{FuturesOrdered, StreamExt};
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 /// Decompressed clusters kept, so that small reads one behind the other decompress once.
 const DECODED_MAX: usize = 4;
+
+/// Bytes that are decompressed in one go by one worker.
+const PORTION: u64 = 256 << 10;
+/// Up to this many bytes are decompressed where they are asked for: a fraction of a millisecond, about what it takes to
+/// hand them to a worker and to be woken.
+const IN_PLACE: u64 = 64 << 10;
+
+/// Compressed bytes in a row in the image.
+struct Stored {
+    offset: u64,
+    end: u64,
+}
+
+/// A compressed cluster and where it is decompressed to.
+struct Encoded {
+    /// Its place among those read together.
+    number: usize,
+    guest: u64,
+    /// Where its stored bytes stand, and how many there are at most.
+    offset: u64,
+    len: u64,
+    /// Which row they are in.
+    run: usize,
+    /// Where in the cluster `out` begins.
+    within: usize,
+    out: Buf,
+}
 
 /// Clusters decompressed lately, by descriptor. Cleared whenever compressed bytes are written or unlinked, so a
 /// descriptor means the same bytes as long as it is here.
@@ -44,19 +72,126 @@ pub(super) struct Packing {
 impl Image {
     /// Fills `buf` with the guest's bytes from `offset`, which stand in compressed clusters.
     pub(super) async fn read_compressed(&self, offset: u64, buf: Buf) -> Result<Buf> {
-        let mut buf = buf;
         let range = ByteRange::new(offset, buf.len() as u64);
-        let mut rest = range;
+        let cluster_size = self.cluster_size();
+        if range.align_out(cluster_size).len() == cluster_size && range.len() < cluster_size {
+            // Likely one of several small reads.
+            let mut buf = buf;
+            let within = (offset & (cluster_size - 1)) as usize;
+            let bytes = self.decoded_cluster(offset).await?;
+            buf.copy_from_slice(&bytes[within..within + range.len() as usize]);
+            return Ok(buf);
+        }
+        // Portions are decompressed at the same time. After a failure those that were begun are awaited.
+        let portion = PORTION.max(cluster_size);
+        let mut portions = FuturesOrdered::new();
+        let (mut rest, mut bytes) = (range, buf);
         while !rest.is_empty() {
-            let cluster_size = self.cluster_size();
-            let within = (rest.offset() & (cluster_size - 1)) as usize;
-            let part = rest.prefix(cluster_size - within as u64);
-            let bytes = self.decoded_cluster(rest.offset()).await?;
-            let at = (rest.offset() - offset) as usize;
-            buf[at..at + part.len() as usize].copy_from_slice(&bytes[within..within + part.len() as usize]);
+            let part = rest.prefix((rest.offset() / portion + 1) * portion - rest.offset());
+            portions.push_back(self.read_portion(part, bytes.split_to(part.len() as usize)));
             rest = rest.skip(part.len());
         }
-        Ok(buf)
+        let mut whole: Option<Buf> = None;
+        let mut failure = None;
+        while let Some(read) = portions.next().await {
+            match (read, whole.take()) {
+                (Ok(bytes), Some(front)) => whole = Some(front.join(bytes)),
+                (Ok(bytes), None) => whole = Some(bytes),
+                (Err(error), front) => {
+                    whole = front;
+                    failure = failure.or(Some(error));
+                }
+            }
+        }
+        match (failure, whole) {
+            (Some(error), _) => Err(error),
+            (None, whole) => Ok(whole.unwrap_or(bytes)),
+        }
+    }
+
+    /// Fills `buf` from some neighbouring clusters: their stored bytes, which mostly stand in a row, are read together,
+    /// and decompressed in one go.
+    async fn read_portion(&self, range: ByteRange, buf: Buf) -> Result<Buf> {
+        let cluster_size = self.cluster_size();
+        let mut stored: Vec<Stored> = Vec::new();
+        let mut pieces: Vec<Encoded> = Vec::new();
+        let (mut rest, mut buf) = (range, buf);
+        let mut done: Vec<(usize, Buf)> = Vec::new();
+        let mut count = 0;
+        while !rest.is_empty() {
+            let guest = rest.offset();
+            let within = (guest & (cluster_size - 1)) as usize;
+            let part = rest.prefix(cluster_size - within as u64);
+            let mut out = buf.split_to(part.len() as usize);
+            rest = rest.skip(part.len());
+            let number = count;
+            count += 1;
+            match self.stored_cluster(guest).await? {
+                Some((offset, len)) => {
+                    let end = offset + len;
+                    match stored.last_mut() {
+                        // The last sector of one cluster's bytes is the first of the next one's.
+                        Some(run) if (run.offset..=run.end).contains(&offset) && end - run.offset <= 2 * PORTION => {
+                            run.end = run.end.max(end);
+                        }
+                        _ => stored.push(Stored { offset, end }),
+                    }
+                    pieces.push(Encoded { number, guest, offset, len, run: stored.len() - 1, within, out });
+                }
+                None => {
+                    // Rewritten meanwhile.
+                    let bytes = self.decoded_cluster(guest).await?;
+                    let len = out.len();
+                    out.copy_from_slice(&bytes[within..within + len]);
+                    done.push((number, out));
+                }
+            }
+        }
+        let mut runs = Vec::with_capacity(stored.len());
+        for run in stored {
+            runs.push((run.offset, self.storage.read_new(run.offset, (run.end - run.offset) as usize).await?));
+        }
+        let compression = self.header.borrow().compression;
+        let work = move || {
+            let mut outs = Vec::with_capacity(pieces.len());
+            for Encoded { number, guest, offset, len, run, within, mut out } in pieces {
+                let (start, bytes) = &runs[run];
+                let from = (offset - start) as usize;
+                let encoded = &bytes[from..from + len as usize];
+                let decoded = if out.len() as u64 == cluster_size {
+                    decode_cluster(compression, encoded, &mut out)
+                } else {
+                    let mut cluster = vec![0; cluster_size as usize];
+                    let decoded = decode_cluster(compression, encoded, &mut cluster);
+                    let len = out.len();
+                    out.copy_from_slice(&cluster[within..within + len]);
+                    decoded
+                };
+                decoded.ok_or(Fault::Compressed { guest, offset })?;
+                outs.push((number, out));
+            }
+            Ok::<_, Fault>(outs)
+        };
+        let decoded = if range.len() > IN_PLACE { self.workers.run(work).await } else { work() };
+        done.extend(decoded.map_err(|fault| DiskError::from(fault).on(self.storage.name()))?);
+        done.sort_by_key(|(number, _)| *number);
+        Ok(done.into_iter().map(|(_, piece)| piece).reduce(Buf::join).unwrap_or(buf))
+    }
+
+    /// Where the compressed bytes of a guest's cluster stand, and how many there are at most; `None` when it is not
+    /// compressed any more.
+    async fn stored_cluster(&self, guest: u64) -> Result<Option<(u64, u64)>> {
+        let fault = |offset| DiskError::from(Fault::Compressed { guest, offset }).on(self.storage.name());
+        let slice = self.slice(self.slices.geometry.slice_of(guest)).await?.ok_or_else(|| fault(0))?;
+        let entry = slice.get(self.slices.geometry.entry_of(guest));
+        if !entry.is_compressed() {
+            return Ok(None);
+        }
+        let CompressedAt { offset, len } = CompressedAt::decode(entry.descriptor, self.cluster_bits);
+        if len > 2 * self.cluster_size() || self.data_file.is_some() {
+            return Err(fault(offset));
+        }
+        Ok(Some((offset, len)))
     }
 
     async fn decoded_cluster(&self, guest: u64) -> Result<Rc<[u8]>> {
@@ -81,10 +216,14 @@ impl Image {
             return Err(fault(offset));
         }
         let encoded = self.storage.read_new(offset, len as usize).await?;
-        let mut bytes = vec![0; self.cluster_size() as usize];
         let compression = self.header.borrow().compression;
-        decode_cluster(compression, &encoded, &mut bytes).ok_or_else(|| fault(offset))?;
-        let bytes: Rc<[u8]> = bytes.into();
+        let cluster_size = self.cluster_size();
+        let work = move || {
+            let mut bytes = vec![0; cluster_size as usize];
+            decode_cluster(compression, &encoded, &mut bytes).map(|()| bytes)
+        };
+        let bytes = if cluster_size > IN_PLACE { self.workers.run(work).await } else { work() };
+        let bytes: Rc<[u8]> = bytes.ok_or_else(|| fault(offset))?.into();
         // Only if it still means the same.
         if slice.get(self.slices.geometry.entry_of(guest)) == entry {
             self.decoded.borrow_mut().put(entry.descriptor, Rc::clone(&bytes));

@@ -7,6 +7,7 @@ use super::epochs::Epochs;
 use super::fault::Fault;
 use super::refcounts::Refcounts;
 use super::slices::{Slice, SliceGeometry, Slices};
+use super::workers::Workers;
 use super::write::PendingWrite;
 use super::{BackingRef, Header, Invalidate, SnapshotTable, encoded, flush, header};
 use disk::{
@@ -29,11 +30,19 @@ pub struct OpenOptions {
     pub l2_cache_bytes: u64,
     /// Open for reading though the corrupt bit is set; writing is refused then in any case.
     pub allow_corrupt: bool,
+    /// Who decompresses.
+    pub workers: Workers,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, snapshot: None, l2_cache_bytes: 32 << 20, allow_corrupt: true }
+        Self {
+            read_only: false,
+            snapshot: None,
+            l2_cache_bytes: 32 << 20,
+            allow_corrupt: true,
+            workers: Workers::default(),
+        }
     }
 }
 
@@ -78,6 +87,7 @@ pub struct Image {
     /// Space for compressed bytes is taken by one at a time.
     pub(super) packing_one: async_lock::Mutex<()>,
     pub(super) decoded: RefCell<encoded::Decoded>,
+    pub(super) workers: Workers,
     /// Copying an L2 table that snapshots share, or making a new one.
     pub(super) making_table: async_lock::Mutex<()>,
     /// Some entry in memory failed its check, so all are checked at use.
@@ -204,6 +214,7 @@ impl Image {
             packing: Cell::default(),
             packing_one: async_lock::Mutex::new(()),
             decoded: RefCell::default(),
+            workers: options.workers,
             making_table: async_lock::Mutex::new(()),
             suspicious: Cell::new(false),
             header: RefCell::new(header),

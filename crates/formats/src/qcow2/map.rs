@@ -55,10 +55,10 @@ impl Image {
             State::Absent | State::AbsentAllocated => Presence::Absent,
             State::Compressed => {
                 let offset = CompressedAt::decode(first.descriptor, self.cluster_bits).offset;
-                return LayerExtent {
-                    range: range.prefix(cluster_size - within),
-                    presence: Presence::Encoded { offset },
-                };
+                // The whole run, so that its clusters are read and decompressed together.
+                let run = (at + 1..slice.entries()).take_while(|at| slice.get(*at).is_compressed()).count() as u64;
+                let range = range.prefix(((run + 1) << self.cluster_bits) - within);
+                return LayerExtent { range, presence: Presence::Encoded { offset } };
             }
         };
         // Follow the run of equal units, for data as long as the host offsets go on in a row.

@@ -23,6 +23,7 @@ mod refcounts;
 mod resize;
 mod slices;
 mod snapshot_table;
+mod workers;
 mod write;
 mod zero;
 
@@ -37,3 +38,4 @@ pub use header::*;
 pub use image::{Image, OpenOptions};
 pub use measure::{Measure, measure};
 pub use snapshot_table::{Snapshot, SnapshotTable};
+pub use workers::{Job, Workers};

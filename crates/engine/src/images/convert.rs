@@ -695,7 +695,10 @@ pub(super) fn read_file(file: &FileStorage, offset: u64, buf: &mut [u8]) -> Resu
 /// Writes into a file, inside its size. Blocks.
 fn write_file(file: &FileStorage, offset: u64, bytes: &[u8], writeback: &Writeback) -> Result<(), EngineError> {
     let len = bytes.len() as u64;
-    file.file().write_all_at(bytes, offset).map_err(|e| failed(file, Operation::Write, offset, len, e))?;
+    let one = (!file.is_block_device()).then(|| writeback.one.lock().expect("no panic while it is locked"));
+    let written = file.file().write_all_at(bytes, offset);
+    drop(one);
+    written.map_err(|e| failed(file, Operation::Write, offset, len, e))?;
     writeback.wrote(file, offset, len);
     Ok(())
 }
@@ -732,6 +735,8 @@ fn copy_range(
 /// Starts the writeback of what has been written, so that the last sync finds little left.
 struct Writeback {
     wanted: bool,
+    /// File systems let one writer at a time into a regular file, and the others spin. Here they sleep.
+    one: Mutex<()>,
     window: Mutex<Window>,
 }
 
@@ -745,7 +750,7 @@ struct Window {
 
 impl Writeback {
     fn new(wanted: bool) -> Self {
-        Self { wanted, window: Mutex::default() }
+        Self { wanted, one: Mutex::default(), window: Mutex::default() }
     }
 
     fn wrote(&self, file: &FileStorage, offset: u64, len: u64) {

@@ -38,3 +38,19 @@ impl fmt::Debug for Workers {
         f.write_str(if self.0.is_some() { "Workers(elsewhere)" } else { "Workers(in place)" })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use testkit::executor::run;
+
+    #[test]
+    fn jobs_run_where_they_are_told_to() {
+        let here = thread::current().id();
+        assert_eq!(run(1, async { Workers::default().run(move || thread::current().id()).await }), here);
+        let elsewhere =
+            Workers::new(|job| Box::pin(async move { thread::spawn(job).join().expect("the job does not panic") }));
+        assert_ne!(run(1, async move { elsewhere.run(move || thread::current().id()).await }), here);
+    }
+}

@@ -81,6 +81,25 @@ fn convert_what_qemu_img_made() {
 }
 
 #[test]
+fn compressed_runs_of_all_cluster_sizes() {
+    let place = Place::new();
+    place.raw("a.raw", SIZE + 12_345);
+    for cluster in ["512", "4k", "64k", "512k", "2M"] {
+        for kind in ["zlib", "zstd"] {
+            let options = format!("compression_type={kind},cluster_size={cluster}");
+            place.tool(&format!("qemu-img convert -c -f raw -O qcow2 -o {options} a.raw q.qcow2")).ok();
+            // Some clusters in the middle of a run are rewritten.
+            place.qemu_io("qcow2", "q.qcow2", &["write -P 3 17000k 3k"]);
+            place.tool("qemu-img convert -O raw q.qcow2 expected.raw").ok();
+            place.hw("convert -O raw q.qcow2 c.raw").ok();
+            let files = ["expected.raw", "c.raw"].map(|file| std::fs::read(place.path(file)).unwrap());
+            assert!(files[0] == files[1], "{options}");
+            place.hw("compare c.raw q.qcow2").ok();
+        }
+    }
+}
+
+#[test]
 fn convert_is_sparse() {
     let place = Place::new();
     place.raw("a.raw", 1 << 30);

@@ -121,6 +121,13 @@ mod tests {
             let mut out = vec![0; text.len()];
             decode_cluster(compression, &encoded, &mut out).expect("decompresses");
             assert!(out == text);
+            if compression == Compression::Zlib {
+                for way in [inflate_at_once, inflate] {
+                    out.fill(0);
+                    way(&encoded, &mut out).expect("both ways, with bytes to spare behind the stream");
+                    assert!(out == text);
+                }
+            }
             assert!(decode_cluster(compression, &encoded[..encoded.len() / 2], &mut out).is_none());
             assert!(decode_cluster(compression, &[0xff; 512], &mut out).is_none());
         }

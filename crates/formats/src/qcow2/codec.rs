@@ -53,7 +53,7 @@ pub(super) fn decode_cluster(compression: Compression, encoded: &[u8], out: &mut
     }
 }
 
-/// Inflates a stream that ends with its cluster, as all writers make them: about three times as fast as [`inflate`].
+/// Inflates a stream that ends with its cluster, as all writers make them: takes a tenth to a third less time than [`inflate`].
 fn inflate_at_once(encoded: &[u8], out: &mut [u8]) -> Option<()> {
     thread_local! {
         static INFLATE: RefCell<libdeflater::Decompressor> = RefCell::new(libdeflater::Decompressor::new());

@@ -62,7 +62,7 @@ impl Image {
             }
         };
         // Follow the run of equal units, for data as long as the host offsets go on in a row.
-        let mut end = (range.offset() >> unit_bits) + 1 << unit_bits;
+        let mut end = ((range.offset() >> unit_bits) + 1) << unit_bits;
         let mut host = first.host();
         while end < range.end() {
             sub += 1;

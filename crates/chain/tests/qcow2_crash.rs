@@ -158,7 +158,7 @@ fn one_history(seed: u64) {
         let data_handle = || data.as_ref().map(MemoryStorage::handle);
         let report = run(seed, check(&memory.handle(), data_handle().as_ref(), &mut |_, _| {})).expect("check");
         assert_no_corruption(&report, setup.options.lazy_refcounts);
-        if seed % 25 == 0 && !setup.options.lazy_refcounts && data.is_none() {
+        if seed.is_multiple_of(25) && !setup.options.lazy_refcounts && data.is_none() {
             judge_with_qemu_img(&memory, &setup);
         }
         let (disk, chain) = run(seed, open(memory.handle(), data_handle(), &setup));

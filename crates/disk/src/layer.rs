@@ -321,7 +321,8 @@ impl LayerHandle {
                 .at(range)
                 .because("this format does not store compressed bytes"));
         };
-        let whole = range.offset() % unit == 0 && (range.len() == unit || range.end() == size && range.len() < unit);
+        let whole =
+            range.offset().is_multiple_of(unit) && (range.len() == unit || range.end() == size && range.len() < unit);
         if !whole {
             return Err(DiskError::new(ErrorKind::Invalid, Operation::Write)
                 .at(range)
@@ -394,7 +395,7 @@ impl LayerHandle {
 
     fn validate_units(&self, operation: Operation, range: ByteRange) -> Result<()> {
         let LayerGeometry { unit, size, .. } = self.geometry();
-        if range.offset() % unit == 0 && (range.end() % unit == 0 || range.end() == size) {
+        if range.offset().is_multiple_of(unit) && (range.end().is_multiple_of(unit) || range.end() == size) {
             return Ok(());
         }
         Err(DiskError::new(ErrorKind::Invalid, operation).at(range).because(format!("not whole units of {unit} bytes")))

@@ -346,7 +346,8 @@ impl StorageHandle {
             let listener = {
                 let mut writes = self.0.writes.lock().expect("no panic while the list is locked");
                 let meets = |list: &[ByteRange]| list.iter().any(|r| r.overlaps(range));
-                if !meets(&writes.widened) && !(widened && meets(&writes.plain)) {
+                let must_wait = meets(&writes.widened) || widened && meets(&writes.plain);
+                if !must_wait {
                     let list = if widened { &mut writes.widened } else { &mut writes.plain };
                     list.push(range);
                     return WriteEntry { shared: &self.0, range, widened };

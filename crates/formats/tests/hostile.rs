@@ -15,6 +15,9 @@ const CLUSTER: u64 = 4096;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
+/// Finds an offset in an image.
+type Place = fn(&Victim) -> u64;
+
 /// A sound image of 4 MiB (two L2 tables) with a data cluster at guest offset 0 and one in the second table's part.
 struct Victim {
     memory: MemoryStorage,
@@ -71,7 +74,7 @@ impl Victim {
     }
 
     fn refused(&self) -> String {
-        let error = self.open().err().expect("must be refused");
+        let error = self.open().expect_err("must be refused");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error:?}");
         format!("{error:?}")
     }
@@ -106,7 +109,7 @@ fn corrupt<T: std::fmt::Debug>(result: Result<T>) -> DiskError {
 
 #[test]
 fn tables_in_one_cluster_are_never_written() {
-    let places: [(&str, fn(&Victim) -> u64); 5] = [
+    let places: [(&str, Place); 5] = [
         ("another L2 table", |v| v.l2(1)),
         ("the L1 table", |v| v.header.l1_offset),
         ("the refcount table", |v| v.header.refcount_table_offset),
@@ -142,7 +145,7 @@ fn tables_in_one_cluster_are_never_written() {
 
 #[test]
 fn data_in_a_table_is_neither_read_nor_written() {
-    let places: [(&str, fn(&Victim) -> u64); 4] = [
+    let places: [(&str, Place); 4] = [
         ("its own L2 table", |v| v.l2(0)),
         ("the L1 table", |v| v.header.l1_offset),
         ("the refcount table", |v| v.header.refcount_table_offset),
@@ -183,7 +186,7 @@ fn refcount_blocks_anywhere_are_refused() {
         (0x123, "no cluster's beginning"),
         (CLUSTER + 512, "no cluster's beginning"),
         (u64::MAX, "no cluster's beginning"),
-        (u64::MAX & !(CLUSTER - 1), "beyond the end"),
+        (!(CLUSTER - 1), "beyond the end"),
         (1 << 62, "beyond the end"),
         (1 << 40, "beyond the end"),
     ] {
@@ -301,7 +304,7 @@ fn a_compressed_cluster_expands_to_one_cluster_at_most() {
 fn snapshots_beyond_the_end() {
     let victim = Victim::new();
     run(victim.storage.write(60, Buf::copy_of(&[0, 0, 0, 1]))).expect("write");
-    for offset in [1 << 30, 1 << 62, u64::MAX & !(CLUSTER - 1)] {
+    for offset in [1 << 30, 1 << 62, !(CLUSTER - 1)] {
         victim.set(64, offset);
         let text = format!("{:?}", corrupt(run(Header::read(&victim.storage))));
         assert!(text.contains("snapshot"), "{text}");
@@ -310,8 +313,7 @@ fn snapshots_beyond_the_end() {
     let table = victim.storage.size().next_multiple_of(CLUSTER);
     run(victim.storage.set_size(table + CLUSTER)).expect("size");
     victim.set(64, table);
-    for (l1, entries) in [(1u64 << 40, 2u32), (u64::MAX & !(CLUSTER - 1), 2), (table, u32::MAX), (table + 1, 2), (0, 2)]
-    {
+    for (l1, entries) in [(1u64 << 40, 2u32), (!(CLUSTER - 1), 2), (table, u32::MAX), (table + 1, 2), (0, 2)] {
         let mut entry = l1.to_be_bytes().to_vec();
         entry.extend(entries.to_be_bytes());
         entry.extend([0, 1, 0, 1]);

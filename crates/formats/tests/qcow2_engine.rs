@@ -106,7 +106,11 @@ fn clusters_mapped_beyond_the_end_of_the_file_keep_what_is_written() {
         let write = async |range: ByteRange, byte: u8| {
             let prepared = layer.prepare_write(range, Below::Zeroes).await.expect("plan");
             let plan = *prepared.plan();
-            layer.storage(plan.storage).write(plan.offset, disk::Buf::copy_of(&[byte; 65536])).await.expect("write");
+            layer
+                .storage(plan.storage)
+                .write(plan.offset, disk::Buf::copy_of(&vec![byte; 65536]))
+                .await
+                .expect("write");
             prepared.commit().await.expect("commit");
         };
         write(range, 7).await;

@@ -244,7 +244,13 @@ impl Image {
         let offset = self.pack(len).await?;
         let descriptor = CompressedAt::encode(offset, len, self.cluster_bits)
             .ok_or_else(|| DiskError::from(Fault::Compressed { guest: range.offset(), offset }))?;
-        self.storage.write(offset, Buf::copy_of(encoded)).await?;
+        if let Err(error) = self.storage.write(offset, Buf::copy_of(encoded)).await {
+            // The references that the piece took are given back at the close, and nothing is packed behind it.
+            let clusters = (offset >> self.cluster_bits)..=((offset + len - 1) >> self.cluster_bits);
+            self.forget_packing(clusters.clone());
+            self.allocator()?.given_up.borrow_mut().extend(clusters);
+            return Err(error);
+        }
         self.decoded.borrow_mut().clear();
         self.link(&slice, cluster, L2Entry { descriptor, bitmap: 0 });
         self.refuse_if_poisoned()

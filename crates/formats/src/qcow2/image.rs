@@ -117,9 +117,7 @@ impl Image {
     ) -> Result<Self> {
         let read_only = options.read_only || options.snapshot.is_some();
         let mut header = Header::read(&storage).await?;
-        if !read_only {
-            header.require_writable()?;
-        } else if header.is_corrupt() && !options.allow_corrupt {
+        if !read_only || header.is_corrupt() && !options.allow_corrupt {
             header.require_writable()?;
         }
         if header.has_data_file() != data_file.is_some() {
@@ -227,7 +225,7 @@ impl Image {
         // The allocator moves the refcount table and writes its place into the header by itself.
         if let Some(allocator) = &self.allocator {
             header.refcount_table_offset = allocator.refcounts.table_offset();
-            header.refcount_table_clusters = (allocator.refcounts.table_len() as u64 * 8 >> self.cluster_bits) as u32;
+            header.refcount_table_clusters = ((allocator.refcounts.table_len() as u64 * 8) >> self.cluster_bits) as u32;
         }
         header
     }
@@ -398,14 +396,11 @@ impl Image {
     /// Passes a result on; a failure stops all further writing, as nobody knows what is on the storage. Not so where
     /// space ran out: such a write was not done, and whoever wanted it has left everything as it was.
     pub(super) fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result {
-            if error.kind() != ErrorKind::NoSpace && !self.poisoned.replace(true) {
-                tracing::error!(
-                    image = self.storage.name(),
-                    ?error,
-                    "metadata could not be written: the image is stopped"
-                );
-            }
+        if let Err(error) = &result
+            && error.kind() != ErrorKind::NoSpace
+            && !self.poisoned.replace(true)
+        {
+            tracing::error!(image = self.storage.name(), ?error, "metadata could not be written: the image is stopped");
         }
         result
     }

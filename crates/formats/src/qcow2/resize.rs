@@ -89,7 +89,7 @@ impl Image {
         if size > i64::MAX as u64 {
             return refuse(ErrorKind::OutOfRange, format!("{size} bytes are more than a file can hold"));
         }
-        if size % 512 != 0 {
+        if !size.is_multiple_of(512) {
             return refuse(ErrorKind::Invalid, format!("the new size {size} is not a multiple of 512 bytes"));
         }
         if header.snapshot_count > 0 && size != old && (size < old || header.version < 3) {

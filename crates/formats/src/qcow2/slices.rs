@@ -111,12 +111,15 @@ impl Slice {
     }
 }
 
+/// The slices of one L2 table, those in memory.
+type TableSlices = Box<[Option<Rc<Slice>>]>;
+
 /// All slices in memory, bounded.
 #[derive(Debug)]
 pub(super) struct Slices {
     pub(super) geometry: SliceGeometry,
     /// By L1 index, then by slice within the table.
-    by_l1: RefCell<Vec<Option<Box<[Option<Rc<Slice>>]>>>>,
+    by_l1: RefCell<Vec<Option<TableSlices>>>,
     /// The same slices in the order in which the eviction hand goes round.
     ring: RefCell<Vec<Rc<Slice>>>,
     hand: Cell<usize>,

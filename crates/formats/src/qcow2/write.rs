@@ -139,7 +139,7 @@ impl Image {
         };
         let at = self.slices.geometry.entry_of(range.offset());
         let (need, run) = self.need(&slice, at, range, below);
-        let count = (run.end() - 1 >> self.cluster_bits) - first + 1;
+        let count = ((run.end() - 1) >> self.cluster_bits) - first + 1;
         lock.shorten(count);
         match need {
             Need::InPlace => {
@@ -339,12 +339,12 @@ impl Image {
     /// The slice, in an L2 table of which nobody else holds a reference; made if there is none.
     pub(super) async fn writable_slice(&self, index: u64) -> Result<Rc<Slice>> {
         loop {
-            if self.l2_table_is_own(index) {
-                if let Some(slice) = self.slice(index).await? {
-                    return Ok(slice);
-                }
-                // The entry has no offset: made below.
+            if self.l2_table_is_own(index)
+                && let Some(slice) = self.slice(index).await?
+            {
+                return Ok(slice);
             }
+            // The entry has no offset: made below.
             let _one = self.making_table.lock().await;
             if self.l2_table_is_own(index) && self.l2_table(index)?.is_some() {
                 continue; // Somebody else made it meanwhile.

@@ -11,24 +11,27 @@
 //! begins while the copy goes on, and at the end it is made durable as a whole. A copy that fails takes the
 //! target that it made away again, as nobody could tell it from a whole one.
 
+mod compress;
+mod files;
+
+use self::compress::{Cluster, Stored, encode};
+use self::files::{Writeback, copy_range, read_file, write_file};
 use super::gate::FileId;
 use super::report::ConvertReport;
 use super::request::{ConvertSpec, CreateSpec};
 use super::stack::{OpenRequest, Stack};
 use super::{Progress, closing, create, open_source, zeroes};
 use crate::{CacheMode, EngineError, Format};
-use disk::{Below, Buf, ByteRange, DiskError, DiskExtent, Fill, LayerHandle, Operation, Storage, WriteFlags, ZeroMode};
-use formats::qcow2::{Compression, encode_cluster};
+use disk::{Below, Buf, ByteRange, DiskExtent, Fill, LayerHandle, Storage, WriteFlags, ZeroMode};
+use formats::qcow2::Compression;
 use futures_util::future::ready;
 use futures_util::stream::{self, Stream, StreamExt};
 use rustix::io::Errno;
 use std::cell::{Cell, RefCell};
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use storage::FileStorage;
 
 /// Bytes of one piece of work.
@@ -40,8 +43,6 @@ const UNDER_WAY: usize = 4;
 const ENCODING: usize = 8;
 /// Zeroes in a row that become a hole unless the request says otherwise.
 const SPARSE: u64 = 4096;
-/// Bytes that gather before their writeback is started: enough for long extents and requests.
-const WRITEBACK: u64 = 8 << 20;
 
 /// Copies the image.
 pub(crate) async fn convert(spec: ConvertSpec, progress: Progress) -> Result<ConvertReport, EngineError> {
@@ -669,164 +670,4 @@ fn cut(range: ByteRange, bytes: &[u8], block: Option<u64>) -> Vec<zeroes::Run> {
         None => vec![(range, false)],
         Some(block) => zeroes::runs(range.offset(), bytes, block),
     }
-}
-
-fn failed(file: &FileStorage, operation: Operation, offset: u64, len: u64, error: io::Error) -> EngineError {
-    DiskError::from_io(error, operation).on(file.name()).at(ByteRange::new(offset, len)).into()
-}
-
-/// Fills `buf` from a file; what is behind the file's end is zero. Blocks.
-pub(super) fn read_file(file: &FileStorage, offset: u64, buf: &mut [u8]) -> Result<(), EngineError> {
-    let mut done = 0;
-    while done < buf.len() {
-        match file.file().read_at(&mut buf[done..], offset + done as u64) {
-            Ok(0) => {
-                buf[done..].fill(0);
-                break;
-            }
-            Ok(n) => done += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(failed(file, Operation::Read, offset, buf.len() as u64, error)),
-        }
-    }
-    Ok(())
-}
-
-/// Writes into a file, inside its size. Blocks.
-fn write_file(file: &FileStorage, offset: u64, bytes: &[u8], writeback: &Writeback) -> Result<(), EngineError> {
-    let len = bytes.len() as u64;
-    let one = (!file.is_block_device()).then(|| writeback.one.lock().expect("no panic while it is locked"));
-    let written = file.file().write_all_at(bytes, offset);
-    drop(one);
-    written.map_err(|e| failed(file, Operation::Write, offset, len, e))?;
-    writeback.wrote(file, offset, len);
-    Ok(())
-}
-
-/// Has the kernel copy from file to file, and copies by reading and writing what it does not. Blocks.
-fn copy_range(
-    from: (&FileStorage, u64),
-    to: (&FileStorage, u64),
-    len: u64,
-    refused: &AtomicBool,
-    writeback: &Writeback,
-) -> Result<(), EngineError> {
-    let mut done = 0;
-    while done < len && !refused.load(Ordering::Relaxed) {
-        let (mut at, mut place) = (from.1 + done, to.1 + done);
-        let left = (len - done) as usize;
-        match rustix::fs::copy_file_range(from.0.file(), Some(&mut at), to.0.file(), Some(&mut place), left) {
-            Ok(0) => break, // The source file ends here: what follows reads as zero.
-            Ok(n) => done += n as u64,
-            Err(Errno::INTR) => {}
-            // Not between these files. Whatever else is wrong, reading and writing will tell.
-            Err(_) => refused.store(true, Ordering::Relaxed),
-        }
-    }
-    writeback.wrote(to.0, to.1, done);
-    if done < len {
-        let mut buf = Buf::new((len - done) as usize);
-        read_file(from.0, from.1 + done, &mut buf)?;
-        write_file(to.0, to.1 + done, &buf, writeback)?;
-    }
-    Ok(())
-}
-
-/// Starts the writeback of what has been written, so that the last sync finds little left.
-struct Writeback {
-    wanted: bool,
-    /// File systems let one writer at a time into a regular file, and the others spin. Here they sleep.
-    one: Mutex<()>,
-    window: Mutex<Window>,
-}
-
-/// What was written since writeback was started last.
-#[derive(Clone, Copy, Default)]
-struct Window {
-    from: u64,
-    to: u64,
-    bytes: u64,
-}
-
-impl Writeback {
-    fn new(wanted: bool) -> Self {
-        Self { wanted, one: Mutex::default(), window: Mutex::default() }
-    }
-
-    fn wrote(&self, file: &FileStorage, offset: u64, len: u64) {
-        if !self.wanted || len == 0 {
-            return;
-        }
-        let due = {
-            let mut window = self.window.lock().expect("no panic while the window is locked");
-            *window = match window.bytes {
-                0 => Window { from: offset, to: offset + len, bytes: len },
-                bytes => Window { from: window.from.min(offset), to: window.to.max(offset + len), bytes: bytes + len },
-            };
-            if window.bytes < WRITEBACK {
-                return;
-            }
-            std::mem::take(&mut *window)
-        };
-        // Only a help: the sync at the end reports what goes wrong.
-        if let Err(error) = dataplane::file::start_writeback(file.file(), due.from, due.to - due.from) {
-            tracing::debug!(file = file.name(), %error, "writeback was not started early");
-        }
-    }
-}
-
-struct Cluster {
-    range: ByteRange,
-    bytes: Stored,
-}
-
-enum Stored {
-    Zero,
-    /// Does not become smaller, or must not become larger.
-    Plain(Buf),
-    Encoded(Vec<u8>),
-}
-
-/// Encodes all clusters of a buffer that belongs to `offset`. A last one that is short reaches up to `end`, the
-/// target's, whose size may be rounded up; without, it stays as it is.
-fn encode(
-    offset: u64,
-    mut buf: Buf,
-    unit: u64,
-    end: Option<u64>,
-    compression: Compression,
-    keep_zeroes: bool,
-) -> Vec<Cluster> {
-    let mut clusters = Vec::with_capacity(buf.len().div_ceil(unit as usize));
-    let mut at = offset;
-    while !buf.is_empty() {
-        let bytes = buf.split_to(buf.len().min(unit as usize));
-        let mut range = ByteRange::new(at, bytes.len() as u64);
-        at = range.end();
-        let bytes = if !keep_zeroes && zeroes::is_zero(&bytes) {
-            Stored::Zero
-        } else {
-            let short = bytes.len() < unit as usize;
-            let encoded = if short && end.is_none() {
-                None
-            } else if short {
-                // The last cluster of a disk may be cut by its end; its stored form is whole.
-                let mut whole = Buf::zeroed(unit as usize);
-                whole[..bytes.len()].copy_from_slice(&bytes);
-                encode_cluster(compression, &whole)
-            } else {
-                encode_cluster(compression, &bytes)
-            };
-            match encoded {
-                Some(encoded) => {
-                    let whole = range.offset() + unit;
-                    range = ByteRange::between(range.offset(), end.map_or(whole, |end| whole.min(end)));
-                    Stored::Encoded(encoded)
-                }
-                None => Stored::Plain(bytes),
-            }
-        };
-        clusters.push(Cluster { range, bytes });
-    }
-    clusters
 }

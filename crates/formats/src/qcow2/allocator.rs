@@ -14,12 +14,16 @@
 //!    reference still counts.
 //! 3. *free*: these requests have ended; the reference is gone (in memory first; a crash leaves a leak).
 
+mod free_runs;
+mod growth;
+
+use self::free_runs::FreeRuns;
 use super::epochs::Epochs;
 use super::fault::Fault;
-use super::refcounts::{Page, Refcounts, TABLE_BYTES_MAX};
+use super::refcounts::{Page, Refcounts};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation, Result, StorageHandle, ZeroMode};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::rc::Rc;
 
 /// Clusters in a row.
@@ -30,36 +34,6 @@ pub(super) struct Run {
     pub(super) count: u64,
     /// The space reads as zero, and nobody has a request on its way to it.
     pub(super) zeroed: bool,
-}
-
-/// Free clusters by their number, joined to runs.
-#[derive(Debug, Default)]
-struct FreeRuns(BTreeMap<u64, u64>);
-
-impl FreeRuns {
-    fn add(&mut self, first: u64, count: u64) {
-        let (mut first, mut count) = (first, count);
-        if let Some((&before, &len)) = self.0.range(..first).next_back()
-            && before + len == first
-        {
-            self.0.remove(&before);
-            (first, count) = (before, count + len);
-        }
-        if let Some(len) = self.0.remove(&(first + count)) {
-            count += len;
-        }
-        self.0.insert(first, count);
-    }
-
-    /// Up to `max` clusters in a row, the lowest first.
-    fn take(&mut self, max: u64) -> Option<(u64, u64)> {
-        let (first, len) = self.0.pop_first()?;
-        let count = len.min(max);
-        if count < len {
-            self.0.insert(first + count, len - count);
-        }
-        Some((first, count))
-    }
 }
 
 /// How many clusters at most are freed of old bytes and made ready in one go.
@@ -211,7 +185,7 @@ impl Allocator {
 
     /// Makes some freed space ready, if there is none and some can be found. Callers hold `slow`.
     async fn make_ready(&self) -> Result<()> {
-        if self.ready.borrow().0.is_empty() && self.stale.borrow().0.is_empty() {
+        if self.ready.borrow().is_empty() && self.stale.borrow().is_empty() {
             self.scan().await?;
         }
         let stale = self.stale.borrow_mut().take(PUNCH_CLUSTERS);
@@ -222,7 +196,7 @@ impl Allocator {
     }
 
     fn first_ready(&self) -> Option<u64> {
-        self.ready.borrow().0.first_key_value().map(|(first, _)| *first)
+        self.ready.borrow().first()
     }
 
     /// As [`Allocator::allocate`], when memory alone can tell.
@@ -237,7 +211,7 @@ impl Allocator {
             self.claim(&page, first, count)?;
             return Ok(Some(Run { first, count, zeroed: self.ready_is_zeroed.get() }));
         }
-        if !self.stale.borrow().0.is_empty() || self.scan_is_due() {
+        if !self.stale.borrow().is_empty() || self.scan_is_due() {
             return Ok(None);
         }
         let (page, first, limit) = loop {
@@ -299,7 +273,7 @@ impl Allocator {
         // One cluster may come from what was freed; on a device that has been used to its end it must.
         if count == 1 {
             if !self.storage.limits().grows_zeroed && self.end.get() >= self.covered.get() {
-                while self.first_ready().is_none() && (self.scan_is_unfinished() || !self.stale.borrow().0.is_empty()) {
+                while self.first_ready().is_none() && (self.scan_is_unfinished() || !self.stale.borrow().is_empty()) {
                     self.make_ready().await?;
                 }
             }
@@ -428,149 +402,9 @@ impl Allocator {
         Ok(())
     }
 
-    /// Sees to it that refcount blocks for these clusters at the end exist and their first page is in memory.
-    /// May move the end. Callers hold `slow`.
-    async fn ensure_counted(&self, first: u64, count: u64) -> Result<()> {
-        let mut block = self.refcounts.block_of(first);
-        // The blocks themselves take space at the end, too.
-        while block <= self.refcounts.block_of(self.end.get() + count) {
-            if block as usize >= self.refcounts.table_len() {
-                Box::pin(self.grow_table(block as usize + 1)).await?;
-            }
-            let first_of_block = block << (self.cluster_bits + 3 - self.order());
-            if self.refcounts.block_offset(first_of_block).is_none() {
-                self.add_block(block).await?;
-            }
-            block += 1;
-        }
-        self.refcounts.page(self.end.get()).await?;
-        Ok(())
-    }
-
-    fn order(&self) -> u32 {
-        // From the two widths that `Refcounts` offers.
-        self.cluster_bits.min(12) + 3 - self.refcounts.page_bits()
-    }
-
-    /// Sets up the refcount block with that number in a cluster at the end.
-    ///
-    /// Crash: the block's space reads as zero; the table's entry is written after a sync of the block's
-    /// bytes (`flush.rs`), so a block that can be found counts itself.
-    async fn add_block(&self, block: u64) -> Result<()> {
-        loop {
-            let cluster = self.end.get();
-            let counts_itself = self.refcounts.block_of(cluster) == block;
-            if !counts_itself {
-                // Blocks are made lowest first, so the end is counted by one that exists, unless the end is
-                // in a higher block still: then begin there.
-                let page = self.refcounts.page(cluster).await?.ok_or(Fault::RefcountMissing { cluster })?;
-                if self.end.get() != cluster {
-                    continue;
-                }
-                self.end.set(cluster + 1);
-                if self.refcounts.get(&page, cluster) != 0 {
-                    continue;
-                }
-                self.claim(&page, cluster, 1)?;
-            } else {
-                self.end.set(cluster + 1);
-            }
-            self.metadata.borrow_mut().insert(cluster);
-            if let Err(error) = self.settle_table(cluster, 1).await {
-                if counts_itself {
-                    // Nothing counts it, so nobody else has moved the end meanwhile.
-                    self.metadata.borrow_mut().remove(&cluster);
-                    self.end.set(cluster);
-                } else {
-                    self.give_up_table(cluster, 1);
-                }
-                return Err(error);
-            }
-            self.refcounts.add_block(block, cluster << self.cluster_bits);
-            return Ok(());
-        }
-    }
-
-    /// Moves the refcount table to a larger place.
-    ///
-    /// Crash: the new table and all it leads to are synced before the header's 12 bytes (one sector)
-    /// switch to it; before the switch the old table is whole, apart from blocks for clusters that
-    /// nothing on the storage refers to yet.
-    ///
-    /// When space runs out before the switch, the table in memory becomes what it was: an entry behind its old
-    /// end would be written over whatever stands there.
-    async fn grow_table(&self, entries: usize) -> Result<()> {
-        let per_cluster = 1usize << (self.cluster_bits - 3);
-        let wanted = entries.max(self.refcounts.table_len() * 3 / 2 + 1).div_ceil(per_cluster) * per_cluster;
-        if wanted as u64 * 8 > TABLE_BYTES_MAX {
-            return Err(DiskError::new(ErrorKind::NoSpace, Operation::Write).because(format!(
-                "the image file cannot grow beyond {} bytes: its refcount table would exceed {TABLE_BYTES_MAX} bytes",
-                self.end_offset()
-            )));
-        }
-        let old = (self.refcounts.table_offset(), self.refcounts.table_len() / per_cluster);
-        let (old_len, old_end) = (self.refcounts.table_len(), self.end.get());
-        self.growing.set(true);
-        self.refcounts.grow_table(wanted);
-        let clusters = (wanted / per_cluster) as u64;
-        let mut taken = None;
-        let switched = self.switch_table(clusters, &mut taken).await;
-        if let Err(error) = switched {
-            match error.kind() {
-                ErrorKind::NoSpace => self.undo_growth(old_len, old_end, taken.map(|first| (first, clusters))),
-                _ => self.poisoned.set(true),
-            }
-            self.growing.set(false);
-            return Err(error);
-        }
-        self.growing.set(false);
-        let old_first = old.0 >> self.cluster_bits;
-        for cluster in old_first..old_first + old.1 as u64 {
-            self.metadata.borrow_mut().remove(&cluster);
-            self.release(cluster).await?;
-        }
-        Ok(())
-    }
-
-    /// Writes the table in memory to a new place, which goes into `taken`, and has the header lead there.
-    async fn switch_table(&self, clusters: u64, taken: &mut Option<u64>) -> Result<()> {
-        let first = self.allocate_table_locked(clusters).await?;
-        *taken = Some(first);
-        let offset = first << self.cluster_bits;
-        self.refcounts.write_pages().await?;
-        self.storage.write(offset, self.refcounts.encode_table()).await?;
-        self.sync().await?;
-        // Header bytes 48–59: refcount_table_offset, refcount_table_clusters.
-        let mut fields = Vec::with_capacity(12);
-        fields.extend_from_slice(&offset.to_be_bytes());
-        fields.extend_from_slice(&(clusters as u32).to_be_bytes());
-        self.storage.write(48, Buf::copy_of(&fields)).await?;
-        self.refcounts.moved_table(offset);
-        self.sync().await
-    }
-
     /// Makes everything durable that was written. A sync that failed is never repeated.
     pub(super) async fn sync(&self) -> Result<()> {
         self.storage.sync().await.inspect_err(|_| self.poisoned.set(true))
-    }
-
-    /// Forgets what a growth of the refcount table added that could not be finished: blocks behind the old table's
-    /// reach, and the place of the new table. Nobody else took clusters meanwhile (`growing`).
-    fn undo_growth(&self, old_len: usize, old_end: u64, taken: Option<(u64, u64)>) {
-        self.refcounts.shrink_table(old_len);
-        if let Some((first, count)) = taken {
-            self.give_up_table(first, count);
-        }
-        let reach = self.refcounts.first_of_block(old_len as u64);
-        for cluster in old_end..self.end.get() {
-            let lost = !self.refcounts.is_block(cluster) && self.metadata.borrow_mut().remove(&cluster);
-            if lost {
-                self.given_up.borrow_mut().push(cluster);
-            }
-        }
-        // What the old table does not reach has lost its count already.
-        self.given_up.borrow_mut().retain(|cluster| *cluster < reach);
-        self.end.set(self.end.get().min(reach).max(old_end));
     }
 
     /// Held while the refcount table is written or moved.
@@ -690,21 +524,4 @@ impl Allocator {
 
 fn page_holds(refcounts: &Refcounts, cluster: u64, page: &Rc<Page>) -> bool {
     refcounts.cached(cluster).is_some_and(|held| Rc::ptr_eq(&held, page))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn free_runs_join() {
-        let mut runs = FreeRuns::default();
-        runs.add(5, 1);
-        runs.add(7, 2);
-        runs.add(6, 1);
-        assert_eq!(runs.0.len(), 1);
-        assert_eq!(runs.take(3), Some((5, 3)));
-        assert_eq!(runs.take(3), Some((8, 1)));
-        assert_eq!(runs.take(3), None);
-    }
 }

@@ -6,7 +6,7 @@ mod support;
 use disk::{
     Below, Buf, ByteRange, DiskError, ErrorKind, LayerHandle, Presence, Result, StorageHandle, StorageId, ZeroMode,
 };
-use formats::qcow2::check::check;
+use formats::qcow2::check::{RepairMode, check, repair};
 use formats::qcow2::{CreateOptions, Header, Image, OpenOptions, SnapshotTable, create, encode_cluster};
 use support::run;
 use testkit::MemoryStorage;
@@ -358,4 +358,32 @@ fn clusters_of_a_write_given_up_return_at_the_close() {
     run(layer.close()).expect("close");
     let report = run(check(&victim.storage, None, &mut |_, _| {})).expect("check");
     assert!(report.is_clean(), "{report:?}");
+}
+
+/// A snapshot whose L1 table is said to be the header: a repair that mends it there would take the header with it.
+#[test]
+fn a_repair_spares_tables_that_are_something_else_as_well() {
+    for place in [0, CLUSTER] {
+        let place_dir = support::Place::new();
+        support::qemu_img_ok(
+            place_dir.dir(),
+            &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "x.qcow2", "1M"],
+        );
+        support::qemu_io(place_dir.dir(), "x.qcow2", &["write -P 5 0 64k"]);
+        support::qemu_img_ok(place_dir.dir(), &["snapshot", "-c", "s", "x.qcow2"]);
+        let (memory, storage) = support::load(&place_dir.path("x.qcow2"));
+        let header = run(Header::read(&storage)).expect("header");
+        memory.tamper(|bytes| bytes.write(header.snapshots_offset, &place.to_be_bytes()));
+        let before = memory.to_vec();
+        run(repair(&storage, None, RepairMode::All, &mut |_, _| {})).expect("repaired as far as can be");
+        let after = memory.to_vec();
+        assert_eq!(before[..8], after[..8], "the magic number and the version");
+        run(Header::read_for_check(&storage)).expect("the header is still one");
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let layer = LayerHandle::from_rc(run(Image::open(storage.clone(), None, options)).expect("can be read"));
+        let disk::Presence::Data { offset, .. } = run(layer.map(ByteRange::new(0, 4096))).expect("map").presence else {
+            panic!("the guest's bytes are mapped");
+        };
+        assert_eq!(run(storage.read_new(offset, 4096)).expect("read")[..], [5; 4096]);
+    }
 }

@@ -6,7 +6,7 @@ use super::walk::{Walk, WalkMode, read_l2};
 use crate::qcow2::entry::{COPIED, L2Entry, OFFSET_MASK, ZERO};
 use crate::qcow2::extensions::be64;
 use crate::qcow2::{Corruption, Header, Table, refcount_bits};
-use disk::{Buf, Result, StorageHandle};
+use disk::{Buf, ByteRange, Result, StorageHandle};
 
 /// Reserved bits of refcount table entries.
 const RESERVED: u64 = 0x1ff;
@@ -243,7 +243,10 @@ impl<'a> Analysis<'a> {
                 changed = true;
             }
         }
-        if changed && mend {
+        let free = |walk: &Walk<'_>, offset, len: usize| {
+            !walk.shared.touches(ByteRange::new(offset, len as u64), walk.header.cluster_bits)
+        };
+        if changed && mend && free(&self.walk, header.l1_offset, 8 * l1.len()) {
             let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
             storage.write(header.l1_offset, Buf::copy_of(&bytes)).await?;
         }
@@ -251,7 +254,8 @@ impl<'a> Analysis<'a> {
         // Each table once, however many entries lead to it.
         for (offset, times) in std::mem::take(&mut self.walk.active_l2) {
             let Some(mut table) = read_l2(storage, offset, header.cluster_size()).await? else { continue };
-            if self.judge_copied_l2(offset, times, &mut table, by).await? && mend {
+            let changed = self.judge_copied_l2(offset, times, &mut table, by).await?;
+            if changed && mend && free(&self.walk, offset, table.len()) {
                 storage.write(offset, table).await?;
             }
         }

@@ -79,7 +79,7 @@ async fn examine(
     header: &Header,
     progress: Progress<'_>,
 ) -> Result<Outcome> {
-    let mut analysis = Analysis::run(storage, data_file, header, WalkMode { mend: false }, progress).await?;
+    let mut analysis = Analysis::run(storage, data_file, header, WalkMode::Look, progress).await?;
     analysis.judge_copied(CopiedBy::Counts, false).await?;
     let Analysis { walk, needs_rebuild, .. } = analysis;
     Ok(Outcome { report: walk.report, needs_rebuild, complete: walk.complete })

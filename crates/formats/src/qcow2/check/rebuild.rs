@@ -29,7 +29,7 @@ pub(super) async fn rebuild(analysis: &Analysis<'_>, progress: Progress<'_>) -> 
     let mut rebuilt = header.clone();
     rebuilt.refcount_table_clusters = 0;
     // Once more without the old structures, which stay intact until the switch.
-    let walk = Walk::run(storage, data_file, &rebuilt, &[], WalkMode { mend: false }, progress).await?;
+    let walk = Walk::run(storage, data_file, &rebuilt, &[], WalkMode::Look, progress).await?;
     let counts = &walk.counts;
     let inside = (!storage.limits().grows_zeroed).then_some(&analysis.walk.counts);
     let place = find_place(counts, inside, header, walk.file_clusters())?;

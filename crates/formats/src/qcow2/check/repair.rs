@@ -1,8 +1,8 @@
 //! Mending an image.
 //!
 //! Order, and what a crash between leaves:
-//! 1. Entries that contradict the format are mended in place, each within a sector: an image with fewer
-//!    contradictions. An incomplete snapshot table is written anew into fresh space, made durable, and then
+//! 1. Entries that contradict the format are mended in place, each within a sector, but not in tables whose clusters are
+//!    used for something else as well: an image with fewer contradictions. An incomplete snapshot table is written anew into fresh space, made durable, and then
 //!    the header's first sector leads to it: the old or the new table.
 //! 2. Reference counts. Where the table and blocks are sound, wrong counts are set in place: no allocation takes
 //!    place meanwhile, so every mix of old and new counts is no worse than the old ones. Otherwise a new table and
@@ -20,12 +20,10 @@ use crate::qcow2::{
     AUTOCLEAR_BITMAPS, BitmapDirectory, Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, SnapshotTable, refcount_bits,
 };
 use disk::{Buf, ErrorKind, Result, StorageHandle};
+use std::rc::Rc;
 
 /// Bytes of a refcount block changed at a time.
 const PIECE: u64 = 64 << 10;
-
-const LOOK: WalkMode = WalkMode { mend: false };
-const MEND: WalkMode = WalkMode { mend: true };
 
 pub(super) async fn repair(
     storage: &StorageHandle,
@@ -47,15 +45,17 @@ pub(super) async fn repair(
     }
     if mode == RepairMode::All {
         complete_snapshots(storage, &mut header).await?;
-        Analysis::run(storage, data_file, &header, MEND, progress).await?;
+        let look = Analysis::run(storage, data_file, &header, WalkMode::Look, progress).await?;
+        let mend = WalkMode::Mend(Rc::new(look.walk.shared));
+        Analysis::run(storage, data_file, &header, mend, progress).await?;
         storage.sync().await?;
     }
-    let mut analysis = Analysis::run(storage, data_file, &header, LOOK, progress).await?;
+    let mut analysis = Analysis::run(storage, data_file, &header, WalkMode::Look, progress).await?;
     if mode == RepairMode::All && analysis.needs_rebuild {
         let rebuilt = rebuild(&analysis, progress).await?;
         drop(analysis);
         header = rebuilt;
-        analysis = Analysis::run(storage, data_file, &header, LOOK, progress).await?;
+        analysis = Analysis::run(storage, data_file, &header, WalkMode::Look, progress).await?;
     }
     set_counts(&analysis, mode).await?;
     storage.sync().await?;

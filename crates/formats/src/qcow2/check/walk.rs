@@ -13,7 +13,8 @@ use crate::qcow2::extensions::be64;
 use crate::qcow2::{AUTOCLEAR_BITMAPS, Corruption, Header, MAX_L1_BYTES, SnapshotTable, Table};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Result, StorageHandle};
 use futures_util::{StreamExt, stream};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::rc::Rc;
 
 /// Reserved bits of L1 entries: 0–8 and 56–62.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -45,11 +46,38 @@ struct L2Use {
     first_index: u64,
 }
 
-/// Which references to follow and what to mend on the way.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct WalkMode {
-    /// Mend entries that contradict the format by themselves.
-    pub(super) mend: bool,
+/// What a walk does beside counting.
+#[derive(Clone)]
+pub(super) enum WalkMode {
+    /// Nothing.
+    Look,
+    /// Mends entries that contradict the format by themselves, but for tables in clusters that are also used for something
+    /// else: what is mended as one thing may be ruined as the other, the header itself for example.
+    Mend(Rc<Shared>),
+}
+
+/// Clusters that are used for a table and for something else.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    clusters: HashSet<u64>,
+    /// There are more than are kept, so that nobody knows which.
+    too_many: bool,
+}
+
+impl Shared {
+    fn insert(&mut self, cluster: u64) {
+        if self.clusters.len() < MAX_OVERLAPS {
+            self.clusters.insert(cluster);
+        } else {
+            self.too_many = true;
+        }
+    }
+
+    /// Whether one of these clusters lies in the range.
+    pub(super) fn touches(&self, range: ByteRange, cluster_bits: u32) -> bool {
+        let mut clusters = (range.offset() >> cluster_bits)..range.end().div_ceil(1 << cluster_bits);
+        self.too_many || clusters.any(|cluster| self.clusters.contains(&cluster))
+    }
 }
 
 /// The state of a walk, and its result.
@@ -64,6 +92,8 @@ pub(super) struct Walk<'a> {
     kinds: Bytes,
     /// Clusters that belong to a table and to something else.
     pub(super) overlaps: HashMap<u64, (Table, Table)>,
+    /// As far as is known by now.
+    pub(super) shared: Shared,
     /// The active L1 table as stored.
     pub(super) l1: Vec<u64>,
     /// The L2 tables that it leads to, and how often.
@@ -118,6 +148,7 @@ impl<'a> Walk<'a> {
             counts: Counts::new(clusters, header.refcount_max())?,
             kinds: Bytes::new(clusters)?,
             overlaps: HashMap::new(),
+            shared: Shared::default(),
             l1: Vec::new(),
             active_l2: Vec::new(),
             complete: true,
@@ -134,6 +165,18 @@ impl<'a> Walk<'a> {
         walk.walk_bitmaps().await?;
         walk.walk_l2_tables(progress).await?;
         Ok(walk)
+    }
+
+    fn mends(&self) -> bool {
+        matches!(self.mode, WalkMode::Mend(_))
+    }
+
+    /// Whether a table may be mended in place.
+    fn may_write(&self, offset: u64, len: usize) -> bool {
+        match &self.mode {
+            WalkMode::Look => false,
+            WalkMode::Mend(shared) => !shared.touches(ByteRange::new(offset, len as u64), self.header.cluster_bits),
+        }
     }
 
     /// Clusters of the file, the one in which it ends included.
@@ -172,6 +215,9 @@ impl<'a> Walk<'a> {
         let number = TABLES.iter().position(|t| *t == table).expect("all are listed") as u8 + 1;
         let present = self.kinds.get(cluster);
         // Data clusters are shared by right. L2 tables come here once each.
+        if present != 0 {
+            self.shared.insert(cluster);
+        }
         if present != 0 && self.overlaps.len() < MAX_OVERLAPS {
             self.overlaps.entry(cluster).or_insert((TABLES[usize::from(present) - 1], table));
         }
@@ -210,7 +256,7 @@ impl<'a> Walk<'a> {
             let mut entry = be64(&bytes, at);
             if entry != 0 {
                 let kept = self.note_l1_entry(offset, index, entry, times, table == Table::L1)?;
-                if self.mode.mend && kept != entry {
+                if self.mends() && kept != entry {
                     entry = kept;
                     bytes[at..at + 8].copy_from_slice(&entry.to_be_bytes());
                     mended = true;
@@ -218,7 +264,7 @@ impl<'a> Walk<'a> {
             }
             l1.push(entry);
         }
-        if mended {
+        if mended && self.may_write(offset, bytes.len()) {
             self.storage.write(offset, bytes).await?;
         }
         Ok(l1)
@@ -364,10 +410,11 @@ impl<'a> Walk<'a> {
                     let entry = be64(&bytes, 8 * piece as usize);
                     if !self.walk_bitmap_entry(bitmap.table_offset, index + piece, entry)? {
                         bytes[8 * piece as usize..8 * piece as usize + 8].fill(0);
-                        mended = self.mode.mend;
+                        mended = self.mends();
                     }
                 }
-                if mended {
+                let directory = self.may_write(extension.directory_offset, extension.directory_size as usize);
+                if mended && directory && self.may_write(at, bytes.len()) {
                     // Its contents are lost: first nobody may trust it, then it loses the entry.
                     invalidate_bitmaps(self.storage, &mut header.clone(), Invalidate::All).await?;
                     self.storage.write(at, bytes).await?;
@@ -405,6 +452,7 @@ impl<'a> Walk<'a> {
         while let Some((offset, uses, bytes)) = reads.next().await {
             if let Some(mut bytes) = bytes?
                 && self.walk_l2(offset, uses, &mut bytes)?
+                && self.may_write(offset, bytes.len())
             {
                 self.storage.write(offset, bytes).await?;
             }
@@ -427,7 +475,7 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let better = self.walk_l2_entry(table, index, entry, uses, &mut expected)?;
-            if self.mode.mend && better != entry {
+            if self.mends() && better != entry {
                 bytes[at..at + 8].copy_from_slice(&better.descriptor.to_be_bytes());
                 if extended {
                     bytes[at + 8..at + 16].copy_from_slice(&better.bitmap.to_be_bytes());
@@ -466,7 +514,7 @@ impl<'a> Walk<'a> {
             if entry.bitmap != 0 {
                 wrong(&mut self.report, L2Rule::CompressedBitmap);
                 better.bitmap = 0;
-                if !self.mode.mend {
+                if !self.mends() {
                     return Ok(better);
                 }
             }
@@ -508,7 +556,7 @@ impl<'a> Walk<'a> {
             } else {
                 wrong(&mut self.report, L2Rule::PreallocatedUnaligned);
                 better = self.lost(better);
-                if self.mode.mend {
+                if self.mends() {
                     return Ok(better);
                 }
             }

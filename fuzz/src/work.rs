@@ -11,8 +11,8 @@ use disk::{
     Below, Buf, ByteRange, Disk, DiskHandle, ErrorKind, LayerHandle, Result, StorageHandle, WriteFlags, ZeroMode,
 };
 use formats::Format;
-use formats::qcow2::check::{RepairMode, check, repair};
-use formats::qcow2::{Compression, Header, Image, OpenOptions, SnapshotTable, encode_cluster};
+use formats::qcow2::check::{CheckReport, RepairMode, Severity, check, repair};
+use formats::qcow2::{Compression, Corruption, Header, Image, OpenOptions, SnapshotTable, encode_cluster};
 use futures_util::future::join_all;
 use std::rc::Rc;
 use testkit::MemoryStorage;
@@ -278,6 +278,15 @@ pub fn work(input: &mut Input) {
     });
 }
 
+/// How many corruptions were found, but for copied flags; `None` when not all are listed. In an image that has
+/// corruptions, giving space back leaves these flags as they are: one that is missing costs a copy, and one that was set
+/// by doubtful counts could cost data.
+fn worse_than_flags(report: &CheckReport) -> Option<usize> {
+    let is_flag = |what: &Corruption| matches!(what, Corruption::CopiedL1 { .. } | Corruption::CopiedL2 { .. });
+    let corruptions = report.findings.iter().filter(|finding| finding.severity == Severity::Corruption);
+    (report.findings_omitted == 0).then(|| corruptions.filter(|finding| !is_flag(&finding.what)).count())
+}
+
 /// Checks an image, repairs copies of it in both ways, and checks and reads what comes out.
 pub fn check_and_repair(input: &Input) {
     run(1, async {
@@ -301,7 +310,10 @@ pub fn check_and_repair(input: &Input) {
                 "a check finds more than the repair said ({mode:?}): {found:?}, {said:?}"
             );
             if mode == RepairMode::Leaks {
-                assert!(found.corruptions <= before.corruptions, "giving space back made it worse");
+                assert!(before.corruptions > 0 || found.corruptions == 0, "giving space back made it worse");
+                if let (Some(was), Some(is)) = (worse_than_flags(before), worse_than_flags(&found)) {
+                    assert!(is <= was, "giving space back made it worse: {before:?}, {found:?}");
+                }
             }
             if found.is_clean() && mode == RepairMode::All {
                 let options = OpenOptions { l2_cache_bytes: 0, ..OpenOptions::default() };

@@ -256,7 +256,7 @@ fn is_retried(error: &io::Error) -> bool {
 /// before the file's end. Reading goes on at multiples of `alignment` only (a power of two, 1 for files that
 /// are not direct): a transfer that ends between them has met the file's end.
 pub async fn read_full(file: &File, offset: u64, buf: Buf, alignment: u32) -> (io::Result<usize>, Buf) {
-    let (mut done, mut rest) = (None::<Buf>, buf);
+    let (mut done, mut rest) = (Buf::new(0), buf);
     let mut at = offset;
     let result = loop {
         let wanted = rest.len();
@@ -272,10 +272,7 @@ pub async fn read_full(file: &File, offset: u64, buf: Buf, alignment: u32) -> (i
             }
             Ok(n) => {
                 let front = buf.split_to(n);
-                done = Some(match done {
-                    Some(done) => done.join(front),
-                    None => front,
-                });
+                done = done.join(front);
                 at += n as u64;
                 rest = buf;
             }
@@ -289,16 +286,13 @@ pub async fn read_full(file: &File, offset: u64, buf: Buf, alignment: u32) -> (i
             }
         }
     };
-    let whole = match done {
-        Some(done) => done.join(rest),
-        None => rest,
-    };
+    let whole = done.join(rest);
     (result.map(|n| n as usize), whole)
 }
 
 /// Writes all of `buf` from `offset`, through short transfers and interruptions.
 pub async fn write_full(file: &File, offset: u64, buf: Buf) -> (io::Result<()>, Buf) {
-    let (mut done, mut rest) = (None::<Buf>, buf);
+    let (mut done, mut rest) = (Buf::new(0), buf);
     let mut at = offset;
     let result = loop {
         let wanted = rest.len();
@@ -314,10 +308,7 @@ pub async fn write_full(file: &File, offset: u64, buf: Buf) -> (io::Result<()>, 
             }
             Ok(n) => {
                 let front = buf.split_to(n);
-                done = Some(match done {
-                    Some(done) => done.join(front),
-                    None => front,
-                });
+                done = done.join(front);
                 at += n as u64;
                 rest = buf;
             }
@@ -331,9 +322,6 @@ pub async fn write_full(file: &File, offset: u64, buf: Buf) -> (io::Result<()>, 
             }
         }
     };
-    let whole = match done {
-        Some(done) => done.join(rest),
-        None => rest,
-    };
+    let whole = done.join(rest);
     (result, whole)
 }

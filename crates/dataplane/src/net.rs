@@ -145,7 +145,7 @@ impl Socket {
     /// # Errors
     /// `UnexpectedEof` when the peer closes before.
     pub async fn recv_exact(&self, buf: Buf) -> (io::Result<()>, Buf) {
-        let (mut done, mut rest) = (None::<Buf>, buf);
+        let (mut done, mut rest) = (Buf::new(0), buf);
         // At once: who waits for all of it has seen the beginning, and the rest is nearly always there.
         let mut at_once = current_core().is_some_and(|core| core.take_inline(rest.len()));
         let result = loop {
@@ -165,10 +165,7 @@ impl Socket {
                 }
                 Ok(n) => {
                     let front = buf.split_to(n);
-                    done = Some(match done {
-                        Some(done) => done.join(front),
-                        None => front,
-                    });
+                    done = done.join(front);
                     rest = buf;
                 }
                 Err(error) if is_retried(&error) => rest = buf,
@@ -178,10 +175,7 @@ impl Socket {
                 }
             }
         };
-        let whole = match done {
-            Some(done) => done.join(rest),
-            None => rest,
-        };
+        let whole = done.join(rest);
         (result, whole)
     }
 

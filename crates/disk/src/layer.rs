@@ -111,7 +111,8 @@ pub enum Preallocation {
 /// that a crash may lose it, byte by byte, but leaves the image sound.
 ///
 /// **Poison.** After a failed metadata write or sync every further write and flush fails with
-/// [`ErrorKind::Poisoned`].
+/// [`ErrorKind::Poisoned`]. A metadata write that fails with [`ErrorKind::NoSpace`] was not done: the layer may go on and
+/// do it later.
 pub trait Layer: 'static {
     /// The facts.
     fn geometry(&self) -> LayerGeometry;

@@ -98,7 +98,7 @@ impl Stream {
                 Err(error) => return (Err(error), buf),
             };
             let front = buf.split_to(n);
-            done = if done.is_empty() { front } else { done.join(front) };
+            done = done.join(front);
             rest = buf;
         }
         (Ok(()), done)

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 /// Every crate of the workspace and its tier.
-const TIERS: [(&str, u32); 9] = [
+const TIERS: [(&str, u32); 10] = [
     ("disk", 0),
     ("dataplane", 1),
     ("formats", 1),
     ("storage", 2),
     ("chain", 3),
+    ("tracking", 3),
     ("export-nbd", 3),
     ("engine", 4),
     ("api", 5),

@@ -1,0 +1,321 @@
+//! Declaring changes before they happen.
+//!
+//! A write waits until the change of its granules is durable, as `Data`, in the journal. Writes that wait at the same time
+//! share one sync: the first that finds nobody at work does it for all that are queued.
+
+use crate::epoch_marks::Run;
+use crate::history::{History, Known};
+use crate::journal_block::{ENTRIES, JournalBlock};
+use crate::layout::{self, JOURNAL_BLOCKS};
+use crate::superblock::State;
+use crate::{ChangeKind, HistoryError};
+use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation};
+
+/// Most bytes that are declared ahead of one writer.
+const AHEAD_OF_ONE: u64 = 16 << 20;
+/// When so many blocks of the journal are in use, the table is due.
+const JOURNAL_DUE: u64 = JOURNAL_BLOCKS / 2;
+
+/// What a granule needs before it may be written to.
+enum Need {
+    /// Nothing any more.
+    Nothing,
+    /// The ticket's durability.
+    Ticket(u64),
+    /// An intent of its own.
+    Intent,
+}
+
+impl Known {
+    /// What the granules from `at` need; and where that changes, at `end` at the latest.
+    fn need(&self, at: u64, end: u64, committed: u64) -> (Need, u64) {
+        if self.current.is_marked(at) {
+            let marked = (at..end).find(|granule| !self.current.is_marked(*granule)).unwrap_or(end);
+            return (Need::Nothing, marked);
+        }
+        let wait = |ticket| if ticket <= committed { Need::Nothing } else { Need::Ticket(ticket) };
+        if let Some((run_end, run)) = self.current.runs.get(at) {
+            let need = match run {
+                Run::Intended(ticket) => wait(ticket),
+                Run::Zeroing(_) | Run::Kind(ChangeKind::Data) => Need::Nothing,
+                Run::Kind(ChangeKind::Zero | ChangeKind::Discarded) => Need::Intent,
+            };
+            return (need, run_end.min(end));
+        }
+        let until = self.current.runs.next_start(at).unwrap_or(u64::MAX).min(end);
+        if let Some((run_end, ticket)) = self.ahead.get(at) {
+            return (wait(ticket), run_end.min(until));
+        }
+        let until = self.ahead.next_start(at).unwrap_or(u64::MAX).min(until);
+        // Up to the next granule that has its bit.
+        let free = (at + 1..until).find(|granule| self.current.is_marked(*granule)).unwrap_or(until);
+        (Need::Intent, free)
+    }
+}
+
+impl History {
+    /// The granules that a range touches: first and one past the last.
+    pub(crate) fn granules(&self, range: ByteRange) -> (u64, u64) {
+        let last = (range.end() - 1) >> self.granule_bits;
+        (range.offset() >> self.granule_bits, last + 1)
+    }
+
+    /// Whether the range may be written to at once. The write path's only question in a disk's ordinary life.
+    pub(crate) fn is_marked(&self, range: ByteRange) -> bool {
+        self.wrote.set(true);
+        let (start, end) = self.granules(range);
+        self.state.borrow().current.all_marked(start, end)
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.borrow().is_some()
+    }
+
+    /// Returns when the range may be written to: when its granules' change is durable, or tracking has stopped.
+    ///
+    /// # Errors
+    /// When neither could be achieved; the write must not be issued then.
+    pub(crate) async fn declare(&self, range: ByteRange) -> Result<(), DiskError> {
+        let (start, end) = self.granules(range);
+        self.declare_granules(start, end, true).await
+    }
+
+    pub(crate) async fn declare_granules(&self, start: u64, end: u64, streams: bool) -> Result<(), DiskError> {
+        self.wake().await?;
+        loop {
+            if self.is_stopped() {
+                return Ok(());
+            }
+            let Some(ticket) = self.queue_intents(start, end, streams) else { return Ok(()) };
+            self.durable(ticket).await?;
+        }
+    }
+
+    /// Queues what is missing, and returns the ticket to wait for; with `None` the granules' bits are set.
+    fn queue_intents(&self, start: u64, end: u64, streams: bool) -> Option<u64> {
+        let committed = self.committed.get();
+        let mut known = self.state.borrow_mut();
+        let known = &mut *known;
+        let mut wait = 0;
+        let mut missing = Vec::new();
+        let mut at = start;
+        while at < end {
+            let (need, until) = known.need(at, end, committed);
+            match need {
+                Need::Nothing => {}
+                Need::Ticket(ticket) => wait = wait.max(ticket),
+                Need::Intent => missing.push((at, until)),
+            }
+            at = until;
+        }
+        if let (Some((first, _)), Some((_, last))) = (missing.first().copied(), missing.last().copied()) {
+            known.tickets += 1;
+            let ticket = known.tickets;
+            wait = ticket;
+            for (from, to) in missing {
+                known.current.set_run(from, to, Run::Intended(ticket));
+                known.queue.push((from, to));
+            }
+            if streams {
+                self.declare_ahead(known, first, last, ticket);
+            }
+        }
+        if wait > 0 {
+            return Some(wait);
+        }
+        if let Some((run_end, _)) = known.ahead.get(end - 1) {
+            self.go_further_ahead(known, end, run_end);
+        }
+        known.ahead.remove(start, end);
+        known.current.mark(start, end);
+        None
+    }
+
+    /// A sequential writer has reached `at` of what was declared for it up to `until`: declares more in time, without
+    /// waiting.
+    fn go_further_ahead(&self, known: &mut Known, at: u64, until: u64) {
+        let Some(window) = known.streams.window_up_to(until) else { return };
+        if (until - at) * 2 > window {
+            return;
+        }
+        known.tickets += 1;
+        let ticket = known.tickets;
+        self.declare_ahead(known, until, until, ticket);
+        self.wanted.notify(1);
+    }
+
+    /// Declares what a sequential writer will probably write next, as far as the bound allows.
+    fn declare_ahead(&self, known: &mut Known, start: u64, end: u64, ticket: u64) {
+        let left = (self.open_limit.get() >> self.granule_bits).saturating_sub(known.ahead.total());
+        let most = left.min(AHEAD_OF_ONE >> self.granule_bits);
+        let ahead = known.streams.ahead_of(start, end, most);
+        let disk_end = known.superblock.size.div_ceil(1 << self.granule_bits);
+        let mut at = end;
+        let until = (end + ahead).min(disk_end);
+        while at < until {
+            let (need, next) = known.need(at, until, 0);
+            if matches!(need, Need::Intent) && known.current.runs.get(at).is_none() {
+                known.ahead.insert(at, next, ticket);
+                known.queue.push((at, next));
+            }
+            at = next;
+        }
+    }
+
+    /// Waits until the ticket's intents are durable, or tracking has stopped.
+    async fn durable(&self, ticket: u64) -> Result<(), DiskError> {
+        while self.committed.get() < ticket && !self.is_stopped() {
+            if self.committing.get() {
+                self.changed.listen().await;
+                continue;
+            }
+            self.committing.set(true);
+            let result = self.commit_queue().await;
+            self.committing.set(false);
+            self.changed.notify(usize::MAX);
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Writes all queued intents into the journal and syncs.
+    ///
+    /// Crash: a block that is torn or missing ends the journal. Nobody has written to the image yet who waits for it.
+    async fn commit_queue(&self) -> Result<(), DiskError> {
+        let (runs, ticket) = {
+            let mut known = self.state.borrow_mut();
+            (std::mem::take(&mut known.queue), known.tickets)
+        };
+        if runs.is_empty() {
+            self.committed.set(ticket);
+            return Ok(());
+        }
+        let runs = joined(runs);
+        let blocks = runs.len().div_ceil(ENTRIES) as u64;
+        if self.journal_in_use() + blocks > JOURNAL_BLOCKS {
+            // The table takes what is queued as well, as it is entered already, and the journal begins anew.
+            if let Err(error) = self.checkpoint().await {
+                return self.stop(&format!("the table of changes could not be written: {error}")).await;
+            }
+        }
+        // No waiting up to the first write: the blocks' numbers are this batch's.
+        let (blocks, places) = {
+            let mut known = self.state.borrow_mut();
+            let (journal, epoch, time) = (known.superblock.journal, known.current.epoch, self.host.now());
+            let mut blocks = Vec::new();
+            let mut places = Vec::new();
+            for part in runs.chunks(ENTRIES) {
+                let sequence = known.next_sequence;
+                known.next_sequence += 1;
+                blocks.push(JournalBlock { journal, sequence, epoch, time, runs: part.to_vec() }.encode());
+                places.push(layout::journal_block(sequence));
+            }
+            (blocks, places)
+        };
+        for (block, place) in blocks.iter().zip(places) {
+            if let Err(error) = self.storage.write(place, Buf::copy_of(block)).await {
+                return self.stop(&format!("the journal of changes could not be written: {error}")).await;
+            }
+        }
+        if let Err(error) = self.storage.sync().await {
+            return self.stop(&format!("the journal of changes could not be made durable: {error}")).await;
+        }
+        self.committed.set(ticket);
+        if self.journal_in_use() >= JOURNAL_DUE {
+            self.wanted.notify(1);
+        }
+        Ok(())
+    }
+
+    /// Makes all queued intents durable, for which nobody waits yet.
+    pub(crate) async fn commit_queued(&self) -> Result<(), DiskError> {
+        let (ticket, nothing) = {
+            let known = self.state.borrow();
+            (known.tickets, known.queue.is_empty())
+        };
+        if nothing { Ok(()) } else { self.durable(ticket).await }
+    }
+
+    pub(crate) fn journal_in_use(&self) -> u64 {
+        let known = self.state.borrow();
+        known.next_sequence - known.superblock.journal_start
+    }
+
+    /// Gives up recording changes, and makes that durable before anybody may write unrecorded.
+    ///
+    /// Crash: the old state counts, and nothing was written unrecorded yet.
+    ///
+    /// # Errors
+    /// When neither the sidecar could be marked nor removed: then nobody may write.
+    pub(crate) async fn stop(&self, reason: &str) -> Result<(), DiskError> {
+        if self.is_stopped() {
+            return Ok(());
+        }
+        tracing::error!(history = self.storage.name(), reason, "tracking stops; older points are lost");
+        let told = reason.to_owned();
+        let marked = self
+            .write_superblock(|superblock| {
+                superblock.state = State::Lost;
+                superblock.reason = told;
+            })
+            .await;
+        if let Err(error) = marked {
+            tracing::error!(history = self.storage.name(), %error, "the history cannot be marked as lost");
+            self.host.remove_sidecar().await.map_err(|error| {
+                DiskError::new(ErrorKind::Io, Operation::Write)
+                    .on(self.storage.name())
+                    .because("changes can neither be recorded nor the history given up; remove its file, or open the disk without history")
+                    .caused_by(error)
+            })?;
+        }
+        *self.stopped.borrow_mut() = Some(reason.to_owned());
+        let since = self.host.now();
+        for point in &mut self.state.borrow_mut().points {
+            point.refused.get_or_insert_with(|| crate::Refusal { reason: reason.to_owned(), since });
+        }
+        self.changed.notify(usize::MAX);
+        Ok(())
+    }
+
+    /// Writes the superblock into the slot that does not count.
+    ///
+    /// Crash: a torn slot has no valid checksum, and the other one, with the lower sequence, counts.
+    pub(crate) async fn write_superblock(
+        &self,
+        change: impl FnOnce(&mut crate::superblock::Superblock),
+    ) -> Result<(), HistoryError> {
+        let _one = self.superblock_lock.lock().await;
+        let mut next = self.state.borrow().superblock.clone();
+        change(&mut next);
+        next.sequence += 1;
+        next.time = self.host.now();
+        let place = layout::SUPERBLOCKS[(next.sequence & 1) as usize];
+        self.storage.write(place, Buf::copy_of(&next.encode())).await?;
+        self.storage.sync().await?;
+        self.state.borrow_mut().superblock = next;
+        Ok(())
+    }
+}
+
+/// Runs in order, those that meet put together. A run has at most `u32::MAX` granules.
+fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    runs.sort_unstable();
+    let mut joined: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
+    for (start, end) in runs {
+        match joined.last_mut() {
+            Some(last) if start <= last.1 && end.max(last.1) - last.0 <= u64::from(u32::MAX) => last.1 = last.1.max(end),
+            _ => joined.push((start, end)),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_joined() {
+        assert_eq!(joined(vec![(5, 6), (1, 2), (2, 4), (3, 5), (8, 9)]), [(1, 6), (8, 9)]);
+    }
+}

@@ -1,0 +1,222 @@
+//! The decorator: a disk whose changes are recorded.
+
+mod mark;
+mod requests;
+mod zeroing;
+
+pub use mark::{Held, NewPoint, UncommittedPoint};
+
+use crate::epoch_marks::Run;
+use crate::history::History;
+use crate::{ChangeKind, HistoryError};
+use disk::{Buf, ByteRange, Disk, DiskExtent, DiskGeometry, Result, WriteFlags, ZeroMode};
+use event_listener::Event;
+use requests::UnderWay;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use zeroing::Settled;
+
+/// A disk whose changes are recorded in a [`History`].
+pub struct Tracked<D> {
+    inner: Rc<D>,
+    history: Rc<History>,
+    under_way: RefCell<UnderWay>,
+    /// No request that changes bytes begins.
+    held: Cell<bool>,
+    /// A point is being taken.
+    marking: Cell<bool>,
+    moved: Event,
+    /// Zeroes and discards so far.
+    zeroings: Cell<u64>,
+    /// Zeroes and discards that are done, but not yet durable.
+    settled: RefCell<Vec<Settled>>,
+}
+
+impl<D: Disk> Tracked<D> {
+    /// A disk that is recorded from now on. When its size is not the one that the history knows, the difference counts
+    /// as changed.
+    ///
+    /// # Errors
+    /// When the sidecar cannot be written.
+    pub async fn new(inner: Rc<D>, history: Rc<History>) -> std::result::Result<Self, HistoryError> {
+        let geometry = inner.geometry();
+        let known = history.state.borrow().superblock.size;
+        if known != geometry.size && !geometry.read_only {
+            history.change_size(geometry.size, ChangeKind::Data).await?;
+        }
+        Ok(Self {
+            inner,
+            history,
+            under_way: RefCell::default(),
+            held: Cell::new(false),
+            marking: Cell::new(false),
+            moved: Event::new(),
+            zeroings: Cell::new(0),
+            settled: RefCell::default(),
+        })
+    }
+
+    /// The history.
+    pub fn history(&self) -> &Rc<History> {
+        &self.history
+    }
+
+    /// The disk below.
+    pub fn inner(&self) -> &Rc<D> {
+        &self.inner
+    }
+
+    /// What was zeroed or discarded, and is durable now, is so in the history as well.
+    fn settle(&self, settled: Vec<Settled>) {
+        for Settled { number, parts } in settled {
+            self.history.settle_zeroing(number, &parts);
+        }
+    }
+
+    /// Changes the size with `resize`, which changes that of the disk below; no other request is under way meanwhile.
+    ///
+    /// Crash: what is added counts as changed, durably, before the disk grows. What is cut off is beyond the end.
+    ///
+    /// # Errors
+    /// What `resize` reports, and when the sidecar cannot be written.
+    pub async fn resize_with<F: Future<Output = Result<()>>>(&self, size: u64, resize: impl FnOnce(Rc<D>) -> F) -> Result<()> {
+        let _held = self.hold_requests().await;
+        let old = self.inner.geometry().size;
+        self.history.wake().await?;
+        let recorded = async |size, kind| match self.history.change_size(size, kind).await {
+            Err(error) if !self.history.is_stopped() => Err(self.history.not_recorded(&error)),
+            _ => Ok(()),
+        };
+        if size > old {
+            recorded(size, ChangeKind::Zero).await?;
+        }
+        let result = resize(Rc::clone(&self.inner)).await;
+        let now = self.inner.geometry().size;
+        if now != size.max(old) {
+            recorded(now, ChangeKind::Data).await?;
+        }
+        result
+    }
+}
+
+impl<D: Disk> Disk for Tracked<D> {
+    fn geometry(&self) -> DiskGeometry {
+        self.inner.geometry()
+    }
+
+    fn read(&self, offset: u64, buf: Buf) -> impl Future<Output = Result<Buf>> {
+        self.inner.read(offset, buf)
+    }
+
+    async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
+        let range = ByteRange::new(offset, buf.len() as u64);
+        let _request = self.enter(range).await;
+        if !self.history.is_marked(range) {
+            Box::pin(self.history.declare(range)).await?;
+        }
+        // No waiting between the mark and here: a zeroing that begins later finds this write under way.
+        self.inner.write(offset, buf, flags).await
+    }
+
+    async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
+        let request = self.enter(range).await;
+        let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
+        let result = self.inner.write_zeroes(range, mode, flags).await;
+        let kind = ChangeKind::Zero;
+        Box::pin(self.end_zeroing(zeroing, range, kind, result.is_ok(), flags)).await;
+        result
+    }
+
+    async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
+        let request = self.enter(range).await;
+        let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
+        let result = self.inner.discard(range, flags).await;
+        let kind = ChangeKind::Discarded;
+        Box::pin(self.end_zeroing(zeroing, range, kind, result.is_ok(), flags)).await;
+        result
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let settled = std::mem::take(&mut *self.settled.borrow_mut());
+        self.inner.flush().await?;
+        self.settle(settled);
+        Ok(())
+    }
+
+    fn map(&self, range: ByteRange) -> impl Future<Output = Result<DiskExtent>> {
+        self.inner.map(range)
+    }
+
+    async fn resize(&self, size: u64) -> Result<()> {
+        self.resize_with(size, |inner| async move { inner.resize(size).await }).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        let _held = self.hold_requests().await;
+        if self.history.awake.get() {
+            let settled = std::mem::take(&mut *self.settled.borrow_mut());
+            let prepared = match self.inner.flush().await {
+                Ok(()) => {
+                    self.settle(settled);
+                    self.history.prepare_close().await
+                }
+                Err(error) => Err(error),
+            };
+            // Closed whatever happened; after a failure the next opening sees a crash.
+            self.inner.close().await?;
+            prepared?;
+            if let Err(error) = self.history.finish_close().await {
+                tracing::warn!(%error, "the history was not closed; the next opening sees a crash");
+            }
+            return Ok(());
+        }
+        self.inner.close().await
+    }
+}
+
+impl History {
+    /// Puts what a zeroing has left in the place of what was expected of it, where nobody has written since.
+    fn settle_zeroing(&self, number: u64, parts: &[(u64, u64, ChangeKind)]) {
+        let mut known = self.state.borrow_mut();
+        let known = &mut *known;
+        for marks in known.frozen.iter_mut().chain([&mut known.current]) {
+            for (start, end, kind) in parts {
+                let ours: Vec<(u64, u64)> = marks
+                    .runs
+                    .within(*start, *end)
+                    .filter(|(_, _, run)| *run == Run::Zeroing(number))
+                    .map(|(start, end, _)| (start, end))
+                    .collect();
+                for (start, end) in ours {
+                    marks.set_run(start, end, Run::Kind(*kind));
+                }
+            }
+        }
+    }
+
+    /// The disk has, or is about to have, so many bytes. What is added counts as changed; durable on return.
+    pub(crate) async fn change_size(&self, size: u64, added: ChangeKind) -> std::result::Result<(), HistoryError> {
+        self.refuse_if_stopped()?;
+        if size.div_ceil(1 << self.granule_bits) > crate::layout::MAX_GRANULES {
+            let reason = "the disk is larger than what can be tracked; choose a larger granule";
+            return Ok(self.stop(reason).await?);
+        }
+        {
+            let mut known = self.state.borrow_mut();
+            let old = known.superblock.size;
+            known.grow(size);
+            if size > old {
+                let granule = 1u64 << self.granule_bits;
+                let (first_whole, end) = (old.div_ceil(granule), size.div_ceil(granule));
+                known.ahead.clear();
+                if first_whole * granule > old {
+                    known.current.set_run(first_whole - 1, first_whole, Run::Kind(ChangeKind::Data));
+                }
+                if first_whole < end {
+                    known.current.set_run(first_whole, end, Run::Kind(added));
+                }
+            }
+        }
+        self.checkpoint_with(None, |superblock| superblock.size = size).await
+    }
+}

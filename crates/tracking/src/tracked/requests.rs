@@ -1,0 +1,76 @@
+//! Requests that change bytes, while they are under way.
+
+use super::Tracked;
+use disk::{ByteRange, Disk};
+use event_listener::Event;
+use slab::Slab;
+use std::cell::{Cell, RefCell};
+
+/// The ranges of requests under way.
+pub(super) type UnderWay = Slab<ByteRange>;
+
+/// A request under way.
+pub(super) struct Request<'a> {
+    under_way: &'a RefCell<UnderWay>,
+    held: &'a Cell<bool>,
+    moved: &'a Event,
+    key: usize,
+}
+
+impl Request<'_> {
+    pub(super) fn key(&self) -> usize {
+        self.key
+    }
+}
+
+impl Drop for Request<'_> {
+    fn drop(&mut self) {
+        let mut under_way = self.under_way.borrow_mut();
+        under_way.remove(self.key);
+        if self.held.get() && under_way.is_empty() {
+            self.moved.notify(usize::MAX);
+        }
+    }
+}
+
+/// No request is under way, and none begins while it lives.
+pub(super) struct HeldRequests<'a> {
+    held: &'a Cell<bool>,
+    moved: &'a Event,
+}
+
+impl Drop for HeldRequests<'_> {
+    fn drop(&mut self) {
+        self.held.set(false);
+        self.moved.notify(usize::MAX);
+    }
+}
+
+impl<D: Disk> Tracked<D> {
+    /// Registers a request; waits while requests are held.
+    pub(super) async fn enter(&self, range: ByteRange) -> Request<'_> {
+        while self.held.get() {
+            self.moved.listen().await;
+        }
+        let key = self.under_way.borrow_mut().insert(range);
+        Request { under_way: &self.under_way, held: &self.held, moved: &self.moved, key }
+    }
+
+    /// Holds off new requests, and waits for those under way.
+    pub(super) async fn hold_requests(&self) -> HeldRequests<'_> {
+        while self.held.get() {
+            self.moved.listen().await;
+        }
+        self.held.set(true);
+        let held = HeldRequests { held: &self.held, moved: &self.moved };
+        self.drained().await;
+        held
+    }
+
+    /// Waits until no request is under way.
+    pub(super) async fn drained(&self) {
+        while !self.under_way.borrow().is_empty() {
+            self.moved.listen().await;
+        }
+    }
+}

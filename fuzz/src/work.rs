@@ -8,7 +8,8 @@
 use crate::{Input, Op};
 use chain::{Chain, LayerInfo};
 use disk::{
-    Below, Buf, ByteRange, Disk, DiskHandle, ErrorKind, LayerHandle, Result, StorageHandle, WriteFlags, ZeroMode,
+    Below, Buf, ByteRange, Disk, DiskHandle, ErrorKind, HistoryMark, LayerHandle, Result, StorageHandle, WriteFlags,
+    ZeroMode,
 };
 use formats::Format;
 use formats::qcow2::check::{CheckReport, RepairMode, Severity, check, repair};
@@ -142,6 +143,14 @@ async fn apply(op: Op, disk: &DiskHandle, chain: &Chain, compression: Compressio
             let Some(encoded) = encode_cluster(compression, &vec![byte; unit as usize]) else { return Ok(()) };
             set(known, range, byte);
             chain.top().write_encoded(range, &encoded).await
+        }
+        11 if op.len % 4 == 3 => {
+            let mark = HistoryMark { lineage: [1; 16], moment: [byte; 16] };
+            let mark = (!op.offset.is_multiple_of(4)).then_some(mark);
+            if chain.top().set_history_mark(mark).await? {
+                assert_eq!(chain.top().history_mark(), mark);
+            }
+            Ok(())
         }
         11 => disk.flush().await,
         12 => {

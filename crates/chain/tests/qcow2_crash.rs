@@ -2,7 +2,10 @@
 //! last made durable nor issued later.
 
 use chain::{Chain, LayerInfo};
-use disk::{Buf, ByteRange, DiskHandle, LayerHandle, LocalFuture, Preallocation, StorageHandle, WriteFlags, ZeroMode};
+use disk::{
+    Buf, ByteRange, DiskHandle, HistoryMark, LayerHandle, LocalFuture, Preallocation, StorageHandle, WriteFlags,
+    ZeroMode,
+};
 use formats::Format;
 use formats::qcow2::check::{CheckReport, check};
 use formats::qcow2::{self, BackingRef, Compression, CreateOptions, Image, OpenOptions, encode_cluster};
@@ -89,7 +92,11 @@ async fn guest(disk: DiskHandle, chain: Rc<Chain>, model: ModelDisk, how: Compre
     for _ in 0..200 {
         let range = random_range(&mut rng, size);
         let flags = WriteFlags { fua: rng.u8(..10) == 0 };
-        match rng.u8(..11) {
+        match rng.u8(..12) {
+            11 => {
+                let mark = HistoryMark { lineage: [1; 16], moment: [rng.u8(..); 16] };
+                chain.top().set_history_mark((rng.u8(..4) > 0).then_some(mark)).await.map(drop).expect("mark");
+            }
             10 => write_compressed(&chain, &model, range.offset(), how, rng.u8(1..)).await,
             0 => model.flush(&disk).await.expect("flush"),
             1 => model.discard(&disk, range, flags).await.expect("discard"),

@@ -93,6 +93,17 @@ pub enum Preallocation {
     Full,
 }
 
+/// What an image records about the history that is kept beside it: which of the guest's bytes changed when.
+///
+/// An image bears it in such a way that a program which does not know of it and writes to the image takes it away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HistoryMark {
+    /// Which history: constant as long as it goes on without a gap.
+    pub lineage: [u8; 16],
+    /// Which moment of it: changed at every opening for writing and every clean close.
+    pub moment: [u8; 16],
+}
+
 /// One image in one format. It answers "where?"; the caller moves the guest's bytes.
 ///
 /// A layer lives on one thread (its disk's home thread), so it needs no locks; requests interleave at
@@ -113,6 +124,9 @@ pub enum Preallocation {
 /// **Poison.** After a failed metadata write or sync every further write and flush fails with
 /// [`ErrorKind::Poisoned`]. A metadata write that fails with [`ErrorKind::NoSpace`] was not done: the layer may go on and
 /// do it later.
+///
+/// **History.** Whoever keeps a history of the image sets a mark before the first write. A layer that is written to
+/// without [`Layer::set_history_mark`] in this opening loses the mark, durably, before the first write.
 pub trait Layer: 'static {
     /// The facts.
     fn geometry(&self) -> LayerGeometry;
@@ -157,6 +171,12 @@ pub trait Layer: 'static {
     /// Changes the size of the guest's disk. What is cut off is lost. What is added reads as zero, but for the rest of
     /// the last block, and for what shows through from a parent.
     fn resize(&self, size: u64, preallocation: Preallocation) -> impl Future<Output = Result<()>>;
+    /// The mark, if the image bears one and nobody has written to the image who does not know it. No I/O.
+    fn history_mark(&self) -> Option<HistoryMark>;
+    /// Puts the mark into the image (or takes it out) and makes that durable; the guest's bytes stay as they are.
+    /// `false`: this image cannot bear one, and nothing has changed. After a crash the mark is the old one, the new one,
+    /// or none.
+    fn set_history_mark(&self, mark: Option<HistoryMark>) -> impl Future<Output = Result<bool>>;
     /// Flushes, and leaves the image marked as cleanly closed. No request is under way or follows.
     fn close(&self) -> impl Future<Output = Result<()>>;
 }
@@ -180,6 +200,8 @@ trait ErasedLayer {
     fn flush(&self) -> LocalFuture<'_, Result<()>>;
     fn extend(&self, size: u64) -> LocalFuture<'_, Result<()>>;
     fn resize(&self, size: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<()>>;
+    fn history_mark(&self) -> Option<HistoryMark>;
+    fn set_history_mark(&self, mark: Option<HistoryMark>) -> LocalFuture<'_, Result<bool>>;
     fn close(&self) -> LocalFuture<'_, Result<()>>;
 }
 
@@ -234,6 +256,12 @@ impl<T: Layer> ErasedLayer for T {
     }
     fn resize(&self, size: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<()>> {
         Box::pin(Layer::resize(self, size, preallocation))
+    }
+    fn history_mark(&self) -> Option<HistoryMark> {
+        Layer::history_mark(self)
+    }
+    fn set_history_mark(&self, mark: Option<HistoryMark>) -> LocalFuture<'_, Result<bool>> {
+        Box::pin(Layer::set_history_mark(self, mark))
     }
     fn close(&self) -> LocalFuture<'_, Result<()>> {
         Box::pin(Layer::close(self))
@@ -368,6 +396,19 @@ impl LayerHandle {
             return Err(DiskError::new(ErrorKind::ReadOnly, Operation::Resize));
         }
         self.0.resize(size, preallocation).await
+    }
+
+    /// The history's mark, if the image bears one and nobody has written to it who does not know of it. No I/O.
+    pub fn history_mark(&self) -> Option<HistoryMark> {
+        self.0.history_mark()
+    }
+
+    /// Puts the history's mark into the image, or takes it out, durably. `false`: this image cannot bear one.
+    pub async fn set_history_mark(&self, mark: Option<HistoryMark>) -> Result<bool> {
+        if self.geometry().read_only {
+            return Err(DiskError::new(ErrorKind::ReadOnly, Operation::Write));
+        }
+        self.0.set_history_mark(mark).await
     }
 
     /// Flushes, and leaves the image marked as cleanly closed.

@@ -26,7 +26,8 @@ pub use disk::{Disk, DiskGeometry, DiskHandle, WriteFlags};
 pub use error::{DiskError, ErrorKind, Operation, Result};
 pub use extent::{DiskExtent, ExtentSource, LayerExtent, Presence, StorageId};
 pub use layer::{
-    Below, Fill, IoGuard, Layer, LayerGeometry, LayerHandle, Preallocation, PreparedWrite, Ticket, TicketId, WritePlan,
+    Below, Fill, HistoryMark, IoGuard, Layer, LayerGeometry, LayerHandle, Preallocation, PreparedWrite, Ticket,
+    TicketId, WritePlan,
 };
 pub use range::ByteRange;
 pub use storage::{Storage, StorageExtent, StorageHandle, StorageLimits, ZeroMode};

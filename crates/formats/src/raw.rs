@@ -1,8 +1,8 @@
 //! The raw format: the guest's bytes stand in the storage at their own offsets.
 
 use disk::{
-    Below, Buf, ByteRange, DiskError, ErrorKind, Layer, LayerExtent, LayerGeometry, Operation, Preallocation, Presence,
-    Result, StorageHandle, StorageId, TicketId, WritePlan, ZeroMode,
+    Below, Buf, ByteRange, DiskError, ErrorKind, HistoryMark, Layer, LayerExtent, LayerGeometry, Operation,
+    Preallocation, Presence, Result, StorageHandle, StorageId, TicketId, WritePlan, ZeroMode,
 };
 use std::cell::Cell;
 
@@ -159,6 +159,14 @@ impl Layer for RawLayer {
         }
         self.size.set(size);
         Ok(())
+    }
+
+    fn history_mark(&self) -> Option<HistoryMark> {
+        None // All of the storage is the guest's.
+    }
+
+    async fn set_history_mark(&self, _mark: Option<HistoryMark>) -> Result<bool> {
+        Ok(false)
     }
 
     async fn close(&self) -> Result<()> {

@@ -3,8 +3,8 @@
 use crate::MemoryStorage;
 use crate::executor::yield_now;
 use disk::{
-    Below, Buf, ByteRange, DiskError, ErrorKind, Fill, Layer, LayerExtent, LayerGeometry, LayerHandle, Operation,
-    Preallocation, Presence, Result, StorageHandle, StorageId, Ticket, TicketId, WritePlan, ZeroMode,
+    Below, Buf, ByteRange, DiskError, ErrorKind, Fill, HistoryMark, Layer, LayerExtent, LayerGeometry, LayerHandle,
+    Operation, Preallocation, Presence, Result, StorageHandle, StorageId, Ticket, TicketId, WritePlan, ZeroMode,
 };
 use event_listener::Event;
 use std::cell::{Cell, RefCell};
@@ -43,6 +43,9 @@ pub struct MemoryLayer {
     state: RefCell<State>,
     unlocked: Event,
     poisoned: Cell<bool>,
+    mark: Cell<Option<HistoryMark>>,
+    /// The mark was set by whoever has the layer now.
+    tracked: Cell<bool>,
 }
 
 struct State {
@@ -132,6 +135,20 @@ impl MemoryLayer {
             }),
             unlocked: Event::new(),
             poisoned: Cell::new(false),
+            mark: Cell::new(None),
+            tracked: Cell::new(false),
+        }
+    }
+
+    /// As if the layer were opened anew, by somebody who has set no mark yet.
+    pub fn reopen(&self) {
+        self.tracked.set(false);
+    }
+
+    /// A change of the guest's bytes is about to happen.
+    fn announce(&self) {
+        if !self.tracked.get() {
+            self.mark.set(None);
         }
     }
 
@@ -173,7 +190,12 @@ impl MemoryLayer {
     fn alive(&self, operation: Operation) -> Result<()> {
         match self.poisoned.get() {
             true => Err(DiskError::new(ErrorKind::Poisoned, operation)),
-            false => Ok(()),
+            false => {
+                if operation != Operation::Flush {
+                    self.announce();
+                }
+                Ok(())
+            }
         }
     }
 
@@ -324,6 +346,7 @@ impl Layer for MemoryLayer {
         }
         match self.lookup(range) {
             LayerExtent { range, presence: Presence::Data { storage, offset } } => {
+                self.announce();
                 Some(WritePlan { range, storage, offset, ticket: None })
             }
             _ => None,
@@ -500,6 +523,20 @@ impl Layer for MemoryLayer {
         }
         state.size = size;
         Ok(())
+    }
+
+    fn history_mark(&self) -> Option<HistoryMark> {
+        self.mark.get()
+    }
+
+    async fn set_history_mark(&self, mark: Option<HistoryMark>) -> Result<bool> {
+        self.turns().await;
+        if self.poisoned.get() {
+            return Err(DiskError::new(ErrorKind::Poisoned, Operation::Write));
+        }
+        self.mark.set(mark);
+        self.tracked.set(mark.is_some());
+        Ok(true)
     }
 
     async fn close(&self) -> Result<()> {

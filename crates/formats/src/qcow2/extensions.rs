@@ -1,7 +1,7 @@
 //! Header extensions: what stands between the header's fields and the backing file's name.
 //! Specification: "Header extensions".
 
-use super::Corruption;
+use super::{AUTOCLEAR_HISTORY, Corruption};
 
 /// Ends the area.
 pub(super) const END: u32 = 0;
@@ -15,11 +15,13 @@ pub(super) const BITMAPS: u32 = 0x2385_2875;
 pub(super) const ENCRYPTION: u32 = 0x0537_be77;
 /// Name of the external data file.
 pub(super) const DATA_FILE: u32 = 0x4441_5441;
+/// `HWHI`: which history is kept beside the image. Ours; see `history.rs`.
+pub(super) const HISTORY: u32 = 0x4857_4849;
 
 /// The types whose meaning is known here.
-const UNDERSTOOD: [u32; 5] = [BACKING_FORMAT, FEATURE_NAMES, BITMAPS, ENCRYPTION, DATA_FILE];
+const UNDERSTOOD: [u32; 6] = [BACKING_FORMAT, FEATURE_NAMES, BITMAPS, ENCRYPTION, DATA_FILE, HISTORY];
 
-/// Most header extensions of an image; a bound of ours, as five types are known.
+/// Most header extensions of an image; a bound of ours, as six types are known.
 pub(super) const MAX_EXTENSIONS: usize = 256;
 
 /// One header extension, byte by byte.
@@ -74,9 +76,21 @@ impl BitmapsExtension {
 /// What [`parse`] found.
 pub(super) enum Parsed {
     /// All extensions up to the end mark or the area's end.
-    All(Vec<Extension>),
+    All(Area),
     /// An extension lies behind `area` but before `limit`: more bytes are needed.
     NeedMore,
+}
+
+/// The extensions, and where they stand.
+#[derive(Debug, Default)]
+pub(super) struct Area {
+    pub(super) extensions: Vec<Extension>,
+    /// Where each begins, with its type and length.
+    pub(super) starts: Vec<usize>,
+    /// Where the end mark stands, or the next extension would.
+    pub(super) end: usize,
+    /// There is an end mark; without one the area has no room for another type and length.
+    pub(super) has_end_mark: bool,
 }
 
 /// Parses the extensions from `start` on. `area` holds the file's bytes from offset 0; the extensions must
@@ -84,7 +98,7 @@ pub(super) enum Parsed {
 ///
 /// Memory: at most the area's own size.
 pub(super) fn parse(area: &[u8], start: usize, limit: usize) -> Result<Parsed, Corruption> {
-    let mut found: Vec<Extension> = Vec::new();
+    let mut found = Area::default();
     let mut seen = [false; UNDERSTOOD.len()];
     let mut at = start;
     // An area without room for another type and length needs no end mark.
@@ -94,6 +108,7 @@ pub(super) fn parse(area: &[u8], start: usize, limit: usize) -> Result<Parsed, C
         }
         let (kind, len) = (be32(area, at), be32(area, at + 4) as usize);
         if kind == END {
+            found.has_end_mark = true;
             break;
         }
         let data = at + 8;
@@ -103,7 +118,7 @@ pub(super) fn parse(area: &[u8], start: usize, limit: usize) -> Result<Parsed, C
         if data + len > area.len() {
             return Ok(Parsed::NeedMore);
         }
-        if found.len() == MAX_EXTENSIONS {
+        if found.extensions.len() == MAX_EXTENSIONS {
             return Err(Corruption::TooManyExtensions);
         }
         // Unknown types may repeat: their rules are not ours to judge.
@@ -113,9 +128,11 @@ pub(super) fn parse(area: &[u8], start: usize, limit: usize) -> Result<Parsed, C
             }
             seen[known] = true;
         }
-        found.push(Extension { kind, data: area[data..data + len].to_vec() });
+        found.starts.push(at);
+        found.extensions.push(Extension { kind, data: area[data..data + len].to_vec() });
         at = data + len.next_multiple_of(8);
     }
+    found.end = at;
     Ok(Parsed::All(found))
 }
 
@@ -141,8 +158,8 @@ pub enum FeatureSet {
 /// Bytes of one entry of the feature name table.
 const NAME_ENTRY: usize = 48;
 
-/// The bits that the format defines today. Their names are what QEMU prints.
-const KNOWN: [(FeatureSet, u8, &str); 8] = [
+/// The bits that the format defines today, whose names are what QEMU prints, and the one that is ours.
+const KNOWN: [(FeatureSet, u8, &str); 9] = [
     (FeatureSet::Incompatible, 0, "dirty bit"),
     (FeatureSet::Incompatible, 1, "corrupt bit"),
     (FeatureSet::Incompatible, 2, "external data file"),
@@ -151,6 +168,7 @@ const KNOWN: [(FeatureSet, u8, &str); 8] = [
     (FeatureSet::Compatible, 0, "lazy refcounts"),
     (FeatureSet::Autoclear, 0, "bitmaps"),
     (FeatureSet::Autoclear, 1, "raw external data"),
+    (FeatureSet::Autoclear, AUTOCLEAR_HISTORY.trailing_zeros() as u8, "history kept by highwater"),
 ];
 
 /// The feature name table for a new image.

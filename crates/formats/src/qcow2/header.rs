@@ -44,8 +44,12 @@ pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
 pub const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 /// Autoclear feature: the external data file is a raw image in its own right.
 pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+/// Autoclear feature of ours, not of the specification: the history that Highwater keeps beside the image knows of all
+/// writes; the header extension of type `HWHI` says which history. Who does not know the bit clears it before writing,
+/// as the specification demands.
+pub const AUTOCLEAR_HISTORY: u64 = 1 << 42;
 /// All autoclear features that are understood.
-pub const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA;
+pub const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA | AUTOCLEAR_HISTORY;
 
 /// Header length of version 2.
 const V2_LENGTH: usize = 72;
@@ -56,7 +60,7 @@ const V3_WRITTEN: usize = 112;
 /// Bytes that reach the disk whole or not at all.
 const SECTOR: usize = 512;
 /// Bytes read at first; most headers need no more.
-const FIRST_READ: usize = 64 << 10;
+pub(super) const FIRST_READ: usize = 64 << 10;
 
 /// How clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -121,9 +125,9 @@ pub struct Header {
     /// Fixed fields that are not known here, from byte 105 on.
     unknown_fields: Vec<u8>,
     /// Types of the extensions in the order in which they stand, so that a header is written back as it was.
-    order: Vec<u32>,
+    pub(super) order: Vec<u32>,
     /// Where the backing file's name stands, for the same reason.
-    backing_offset: u64,
+    pub(super) backing_offset: u64,
 }
 
 /// How strict to be at reading.
@@ -265,7 +269,7 @@ impl Header {
         // An area that ends with the file needs no end mark.
         let limit = limit.min(file_size) as usize;
         let found = match extensions::parse(bytes, header.header_length as usize, limit)? {
-            Parsed::All(found) => found,
+            Parsed::All(area) => area.extensions,
             Parsed::NeedMore => return Ok(None),
         };
         // Before anything else is understood, so that an unknown feature is named rather than stumbled over.

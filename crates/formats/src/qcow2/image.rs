@@ -11,8 +11,8 @@ use super::workers::Workers;
 use super::write::PendingWrite;
 use super::{BackingRef, Header, Invalidate, SnapshotTable, encoded, flush, header};
 use disk::{
-    Below, Buf, ByteRange, DiskError, ErrorKind, Layer, LayerExtent, LayerGeometry, Operation, Preallocation, Result,
-    StorageHandle, StorageId, TicketId, WritePlan, ZeroMode,
+    Below, Buf, ByteRange, DiskError, ErrorKind, HistoryMark, Layer, LayerExtent, LayerGeometry, Operation,
+    Preallocation, Result, StorageHandle, StorageId, TicketId, WritePlan, ZeroMode,
 };
 use event_listener::Event;
 use std::cell::{Cell, RefCell};
@@ -83,6 +83,12 @@ pub struct Image {
     /// The preparations that the first write owes have been made.
     pub(super) writing: Cell<bool>,
     pub(super) begin_writing: async_lock::Mutex<()>,
+    /// Features in the header are changed by one at a time.
+    pub(super) features: async_lock::Mutex<()>,
+    /// Whoever opened the image keeps a history of it and knows of every write.
+    pub(super) tracked: Cell<bool>,
+    /// The disk shows an internal snapshot.
+    is_snapshot: bool,
     pub(super) packing: Cell<encoded::Packing>,
     /// Space for compressed bytes is taken by one at a time.
     pub(super) packing_one: async_lock::Mutex<()>,
@@ -209,6 +215,9 @@ impl Image {
             poisoned,
             writing: Cell::new(false),
             begin_writing: async_lock::Mutex::new(()),
+            features: async_lock::Mutex::new(()),
+            tracked: Cell::new(false),
+            is_snapshot: options.snapshot.is_some(),
             packing: Cell::default(),
             packing_one: async_lock::Mutex::new(()),
             decoded: RefCell::default(),
@@ -232,6 +241,7 @@ impl Image {
 
     /// Marks bitmaps that the coming change makes untrue; see `invalidate_bitmaps`.
     pub(super) async fn invalidate_bitmaps(&self, which: Invalidate) -> Result<()> {
+        let _features = self.features.lock().await;
         // Held, so that the refcount table stays where this copy of the header says.
         let _tables = self.allocator()?.hold_tables().await;
         let mut header = self.header();
@@ -610,6 +620,15 @@ impl Layer for Image {
 
     async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         self.change_size(size, preallocation).await
+    }
+
+    fn history_mark(&self) -> Option<HistoryMark> {
+        // The mark is about the disk as it is, not about what it was.
+        if self.is_snapshot { None } else { self.header.borrow().history_mark() }
+    }
+
+    async fn set_history_mark(&self, mark: Option<HistoryMark>) -> Result<bool> {
+        self.mark_history(mark).await.map_err(|e| e.on(self.storage.name()))
     }
 
     async fn close(&self) -> Result<()> {

@@ -12,19 +12,25 @@ impl Image {
 
     /// What is due before the first write reaches the image:
     /// * Bitmaps of QEMU's are marked as not to be trusted, since nobody keeps them from here on.
-    /// * Autoclear bits that are unknown here are cleared, as the specification demands.
+    /// * Autoclear bits that are unknown here are cleared, as the specification demands; and that of a history, unless
+    ///   whoever opened the image keeps it on.
     /// * With lazy reference counts the dirty bit is set.
     ///
     /// Crash: the header's features are in one sector and durable before the write that they announce. Bitmaps
     /// are marked before that; marked bitmaps of an image that nobody wrote to are merely not used.
     pub(super) async fn announce_writing(&self) -> Result<()> {
         self.invalidate_bitmaps(Invalidate::Recording).await?;
-        let mut header = self.header.borrow().clone();
-        header.autoclear &= header::AUTOCLEAR_KNOWN;
-        if self.has_lazy_refcounts() {
-            header.incompatible |= header::INCOMPATIBLE_DIRTY;
-        }
-        self.write_features(header).await
+        let lazy = self.has_lazy_refcounts();
+        self.change_features(|header| {
+            header.autoclear &= header::AUTOCLEAR_KNOWN;
+            if !self.tracked.get() {
+                header.autoclear &= !header::AUTOCLEAR_HISTORY;
+            }
+            if lazy {
+                header.incompatible |= header::INCOMPATIBLE_DIRTY;
+            }
+        })
+        .await
     }
 
     /// Passes a write's result on; when the image turned out to contradict the format, sets its corrupt bit and stops
@@ -36,11 +42,11 @@ impl Image {
             && !self.poisoned.replace(true)
         {
             tracing::error!(image = self.storage.name(), ?error, "the image is corrupt and takes no more writes");
-            let mut header = self.header.borrow().clone();
-            if header.version >= 3 {
-                header.incompatible |= header::INCOMPATIBLE_CORRUPT;
+            let version = self.header.borrow().version;
+            if version >= 3 {
+                let marked = self.change_features(|header| header.incompatible |= header::INCOMPATIBLE_CORRUPT).await;
                 // The error is what the caller must know; that the mark could not be set changes nothing in it.
-                if let Err(error) = self.write_features(header).await {
+                if let Err(error) = marked {
                     tracing::error!(image = self.storage.name(), ?error, "the corrupt bit could not be set");
                 }
             }
@@ -48,23 +54,34 @@ impl Image {
         result
     }
 
-    /// Writes the feature words, if they changed, and makes them durable.
-    async fn write_features(&self, header: Header) -> Result<()> {
-        if header == *self.header.borrow() {
+    /// Changes the feature words, and if that makes a difference, writes them and makes them durable. Those in memory
+    /// change when they are durable.
+    pub(super) async fn change_features(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let _one = self.features.lock().await;
+        let mut header = self.header.borrow().clone();
+        change(&mut header);
+        let words_of = |header: &Header| [header.incompatible, header.compatible, header.autoclear];
+        let wanted = words_of(&header);
+        if wanted == words_of(&self.header.borrow()) {
             return Ok(());
         }
         // Bytes 72–95: incompatible, compatible and autoclear features; only version 3 has any.
         let mut words = Vec::with_capacity(24);
-        for word in [header.incompatible, header.compatible, header.autoclear] {
+        for word in wanted {
             words.extend_from_slice(&word.to_be_bytes());
         }
         self.storage.write(72, Buf::copy_of(&words)).await?;
-        self.storage.sync().await?;
+        self.sync_header().await?;
         let mut present = self.header.borrow_mut();
         present.incompatible = header.incompatible;
         present.compatible = header.compatible;
         present.autoclear = header.autoclear;
         Ok(())
+    }
+
+    /// Makes durable what was written to the header. A sync that failed is never repeated.
+    pub(super) async fn sync_header(&self) -> Result<()> {
+        self.storage.sync().await.inspect_err(|_| self.poisoned.set(true))
     }
 
     /// Writes all tables, gives back what was given up, and takes the dirty bit away.
@@ -106,9 +123,7 @@ impl Image {
                 allocator.refcounts.write_table().await?;
                 self.storage.sync().await?;
             }
-            let mut header = self.header.borrow().clone();
-            header.incompatible &= !header::INCOMPATIBLE_DIRTY;
-            self.write_features(header).await?;
+            self.change_features(|header| header.incompatible &= !header::INCOMPATIBLE_DIRTY).await?;
         }
         // Whoever writes again must announce it again.
         self.writing.set(false);

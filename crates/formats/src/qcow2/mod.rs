@@ -14,6 +14,8 @@ mod extensions;
 mod fault;
 mod flush;
 mod header;
+mod header_area;
+mod history;
 mod image;
 mod lifecycle;
 mod map;

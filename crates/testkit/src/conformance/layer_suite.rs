@@ -2,7 +2,9 @@
 
 use super::{LayerDisk, Workload, disk, workload};
 use crate::{ModelDisk, SparseBytes};
-use disk::{Below, Buf, ByteRange, DiskHandle, LayerHandle, Presence, StorageHandle, WriteFlags, ZeroMode};
+use disk::{
+    Below, Buf, ByteRange, DiskHandle, HistoryMark, LayerHandle, Presence, StorageHandle, WriteFlags, ZeroMode,
+};
 use futures_util::future::join;
 use std::future::Future;
 
@@ -32,6 +34,7 @@ pub async fn layer<F: Future<Output = LayerHandle>>(make: impl Fn(u64) -> F, cap
     disk(|size| async move { DiskHandle::new(LayerDisk::new(make(size).await, None)) }, caps.resizes).await;
     aborted(make(SIZE).await).await;
     stable(make(SIZE).await).await;
+    marked(make(SIZE).await).await;
     if caps.parent {
         for seed in 0..6 {
             over_parent(make(SIZE).await, seed).await;
@@ -41,6 +44,24 @@ pub async fn layer<F: Future<Output = LayerHandle>>(make: impl Fn(u64) -> F, cap
     if let Some(encode) = caps.encode {
         encoded(make(SIZE).await, encode).await;
     }
+}
+
+/// A history's mark is what was set last, and stays over writes of whoever set it.
+async fn marked(layer: LayerHandle) {
+    assert_eq!(layer.history_mark(), None, "a new image has no history");
+    let first = HistoryMark { lineage: [1; 16], moment: [2; 16] };
+    let bears = layer.set_history_mark(Some(first)).await.expect("set");
+    assert_eq!(layer.history_mark(), bears.then_some(first));
+    let second = HistoryMark { moment: [3; 16], ..first };
+    assert_eq!(layer.set_history_mark(Some(second)).await.expect("set"), bears);
+    let d = DiskHandle::new(LayerDisk::new(layer.clone(), None));
+    d.write(5000, Buf::copy_of(&[7; 9000]), WriteFlags::default()).await.expect("write");
+    d.flush().await.expect("flush");
+    assert_eq!(layer.history_mark(), bears.then_some(second), "a write of whoever set it leaves it");
+    assert_eq!(d.read(5000, Buf::new(9000)).await.expect("read")[..], [7; 9000]);
+    assert_eq!(layer.set_history_mark(None).await.expect("taken out"), bears);
+    assert_eq!(layer.history_mark(), None);
+    d.close().await.expect("close");
 }
 
 fn parent_bytes(seed: u64) -> Vec<u8> {

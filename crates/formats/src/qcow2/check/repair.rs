@@ -17,7 +17,8 @@ use super::report::{CheckReport, Progress};
 use super::walk::WalkMode;
 use super::{RepairMode, examine, rebuild::rebuild};
 use crate::qcow2::{
-    AUTOCLEAR_BITMAPS, BitmapDirectory, Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, SnapshotTable, refcount_bits,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_HISTORY, BitmapDirectory, Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY,
+    SnapshotTable, refcount_bits,
 };
 use disk::{Buf, ErrorKind, Result, StorageHandle};
 use std::rc::Rc;
@@ -46,7 +47,15 @@ pub(super) async fn repair(
     if mode == RepairMode::All {
         complete_snapshots(storage, &mut header).await?;
         let look = Analysis::run(storage, data_file, &header, WalkMode::Look, progress).await?;
+        let mends_mapping = look.walk.mends_mapping;
         let mend = WalkMode::Mend(Rc::new(look.walk.shared));
+        if mends_mapping && header.autoclear & AUTOCLEAR_HISTORY != 0 {
+            // Which of the guest's bytes change is not recorded, so a history kept beside the image ends here.
+            // Crash: one sector, durable before the first entry changes.
+            header.autoclear &= !AUTOCLEAR_HISTORY;
+            header.write(storage).await?;
+            storage.sync().await?;
+        }
         Analysis::run(storage, data_file, &header, mend, progress).await?;
         storage.sync().await?;
     }

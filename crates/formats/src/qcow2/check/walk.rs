@@ -100,6 +100,8 @@ pub(super) struct Walk<'a> {
     pub(super) active_l2: Vec<(u64, u64)>,
     /// Snapshots and bitmaps could be read: nothing that is in use is missing from the counts.
     pub(super) complete: bool,
+    /// Mending changes entries that lead to the guest's bytes, so what the guest reads may be other than before.
+    pub(super) mends_mapping: bool,
     mode: WalkMode,
     file_size: u64,
     table_bytes: u64,
@@ -152,6 +154,7 @@ impl<'a> Walk<'a> {
             l1: Vec::new(),
             active_l2: Vec::new(),
             complete: true,
+            mends_mapping: false,
             mode,
             file_size,
             table_bytes: 0,
@@ -256,6 +259,7 @@ impl<'a> Walk<'a> {
             let mut entry = be64(&bytes, at);
             if entry != 0 {
                 let kept = self.note_l1_entry(offset, index, entry, times, table == Table::L1)?;
+                self.mends_mapping |= kept != entry;
                 if self.mends() && kept != entry {
                     entry = kept;
                     bytes[at..at + 8].copy_from_slice(&entry.to_be_bytes());
@@ -475,6 +479,7 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let better = self.walk_l2_entry(table, index, entry, uses, &mut expected)?;
+            self.mends_mapping |= better != entry;
             if self.mends() && better != entry {
                 bytes[at..at + 8].copy_from_slice(&better.descriptor.to_be_bytes());
                 if extended {

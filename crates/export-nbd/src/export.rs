@@ -1,6 +1,6 @@
 //! What is served: exports, and how their disks are found.
 
-use crate::context::{self, MetaContext};
+use crate::context::{self, ContextSource};
 use crate::negotiation::ExportFacts;
 use crate::stats::ExportStats;
 use dataplane::IoThread;
@@ -28,7 +28,7 @@ pub struct Export {
     /// Finds the disk there.
     pub disk: DiskSource,
     /// Metadata contexts beyond `base:allocation` and `qemu:allocation-depth`.
-    pub contexts: Vec<Arc<dyn MetaContext>>,
+    pub contexts: ContextSource,
     /// Raised by the connections.
     pub stats: Arc<ExportStats>,
 }
@@ -42,27 +42,22 @@ impl Export {
             read_only: false,
             home,
             disk,
-            contexts: Vec::new(),
+            contexts: Arc::new(Vec::new),
             stats: Arc::default(),
         }
     }
 
-    /// What clients may learn, with the size as it is now. On the home thread.
-    pub(crate) fn facts(&self, disk: &DiskHandle) -> ExportFacts {
+    /// What clients may learn, with the size as it is now, and with the contexts if they are asked for. On the home
+    /// thread.
+    pub(crate) fn facts(&self, disk: &DiskHandle, with_contexts: bool) -> ExportFacts {
         let geometry = disk.geometry();
-        let mut contexts = context::standard();
-        for further in &self.contexts {
-            if contexts.iter().all(|known| known.name() != further.name()) {
-                contexts.push(Arc::clone(further));
-            }
-        }
         ExportFacts {
             name: self.name.clone(),
             description: self.description.clone(),
             size: geometry.size,
             read_only: self.read_only || geometry.read_only,
             preferred_alignment: geometry.preferred_alignment,
-            contexts,
+            contexts: with_contexts.then(|| context::collect(&self.contexts)),
         }
     }
 }

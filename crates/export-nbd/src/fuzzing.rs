@@ -30,7 +30,7 @@ fn facts() -> ExportFacts {
         size: SIZE,
         read_only: false,
         preferred_alignment: 4096,
-        contexts: context::standard(),
+        contexts: Some(context::Collected { contexts: context::standard(), left_out: 0 }),
     }
 }
 
@@ -52,7 +52,7 @@ pub fn connection(bytes: &[u8]) {
                 fed = true;
             }
             Step::List => negotiation.list([("disk", "")]),
-            Step::Lookup(name) => answered = negotiation.found((name.is_empty() || name == "disk").then(facts)),
+            Step::Lookup { name, .. } => answered = negotiation.found((name.is_empty() || name == "disk").then(facts)),
             Step::StartTls => negotiation.tls_started(), // As if the client had nothing more to say in plain.
             Step::Transmit(agreement) => break agreement,
             Step::Close(_) => return,

@@ -85,10 +85,10 @@ async fn converse(shared: &Shared, mut stream: Stream, tls: &Tls, control: &Cont
                     exports.iter().map(|export| (export.export.name.as_str(), export.export.description.as_str()));
                 negotiation.list(lines);
             }
-            Step::Lookup(name) => {
+            Step::Lookup { name, with_contexts } => {
                 export = shared.find(&name);
                 let facts = match &export {
-                    Some(found) => found.facts().await,
+                    Some(found) => found.facts(with_contexts).await,
                     None => None,
                 };
                 answered = negotiation.found(facts);

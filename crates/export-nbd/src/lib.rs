@@ -36,7 +36,7 @@ mod tls;
 mod wire;
 
 pub use connection::ConnectionInfo;
-pub use context::{MetaContext, StatusRun};
+pub use context::{ContextSource, MetaContext, StatusRun};
 pub use export::{DiskSource, Export};
 pub use server::{Drained, ExportError, Server, ServerConfig};
 pub use stats::{ExportStats, LATENCY_BUCKETS, RequestKind, RequestStats};

@@ -4,12 +4,13 @@
 //! first. The machine knows no exports: it asks ([`Step::Lookup`], [`Step::List`]), because the facts
 //! about an export are on the thread of its disk.
 
-use crate::context::{MetaContext, listed_by};
+use crate::context::{Collected, MAX_SELECTED, MetaContext, listed_by};
 use crate::options::{BadOption, InfoRequest, MetaRequest, push_reply, string};
 use crate::wire::{
     Cursor, INIT_MAGIC, MAX_PAYLOAD, MAX_STRING, MIN_PREFERRED_BLOCK, OPTION_MAGIC, ReplyStyle, handshake, info,
     option, reply, transmission,
 };
+use std::collections::HashSet;
 use std::sync::Arc;
 
 /// Largest data of one option that is looked at; more is skipped and answered with
@@ -43,7 +44,8 @@ pub(crate) struct ExportFacts {
     pub(crate) read_only: bool,
     /// Bytes; a power of two.
     pub(crate) preferred_alignment: u32,
-    pub(crate) contexts: Vec<Arc<dyn MetaContext>>,
+    /// When they were asked for.
+    pub(crate) contexts: Option<Collected>,
 }
 
 impl ExportFacts {
@@ -80,7 +82,7 @@ pub(crate) struct Agreement {
     pub(crate) style: ReplyStyle,
     /// Whether writes are refused.
     pub(crate) read_only: bool,
-    /// Selected metadata contexts; the position is the identifier on the wire.
+    /// Selected metadata contexts, at most [`MAX_SELECTED`]; the position is the identifier on the wire.
     pub(crate) contexts: Vec<Arc<dyn MetaContext>>,
 }
 
@@ -91,7 +93,11 @@ pub(crate) enum Step {
     /// [`Negotiation::list`] with the names and descriptions of all exports.
     List,
     /// [`Negotiation::found`] with the export of that name, if there is one.
-    Lookup(String),
+    Lookup {
+        name: String,
+        /// Whether its contexts are wanted as well; there may be thousands.
+        with_contexts: bool,
+    },
     /// The TLS handshake, then [`Negotiation::tls_started`].
     StartTls,
     /// Nothing: transmission begins. Received bytes that remain are [`Negotiation::into_input`].
@@ -302,8 +308,9 @@ impl Negotiation {
     }
 
     fn lookup(&mut self, name: &str, pending: Pending) -> Option<Step> {
+        let with_contexts = matches!(pending, Pending::ListContexts(_) | Pending::SetContexts(_));
         self.state = State::Lookup(pending);
-        Some(Step::Lookup(name.to_owned()))
+        Some(Step::Lookup { name: name.to_owned(), with_contexts })
     }
 
     /// Deals with one whole option. The state is `Option`, and stays so unless said otherwise.
@@ -476,7 +483,7 @@ impl Negotiation {
             }
             Pending::ListContexts(request) => {
                 let all = request.queries.is_empty();
-                for context in &facts.contexts {
+                for context in facts.contexts.iter().flat_map(|collected| &collected.contexts) {
                     let name = context.name();
                     if all || request.queries.iter().any(|query| listed_by(name, query)) {
                         let parts = [&[0; 4][..], name.as_bytes()];
@@ -517,15 +524,15 @@ impl Negotiation {
     }
 
     fn set_contexts(&mut self, request: &MetaRequest, facts: ExportFacts) -> Option<Step> {
-        let mut selected = Vec::new();
-        for context in facts.contexts {
-            if request.queries.iter().any(|query| query == context.name()) {
-                // A bounded number: one for each of at most 256 queries.
-                let id = u32::try_from(selected.len()).unwrap_or(u32::MAX).to_be_bytes();
-                let parts = [&id[..], context.name().as_bytes()];
-                push_reply(&mut self.output, option::SET_META_CONTEXT, reply::META_CONTEXT, &parts);
-                selected.push(context);
-            }
+        let wanted: HashSet<&str> = request.queries.iter().map(String::as_str).collect();
+        let mut selected = facts.contexts.map_or_else(Vec::new, |collected| collected.contexts);
+        selected.retain(|context| wanted.contains(context.name()));
+        if selected.len() > MAX_SELECTED {
+            return self.fail(option::SET_META_CONTEXT, reply::ERR_TOO_BIG, "more than 64 metadata contexts");
+        }
+        for (id, context) in (0u32..).zip(&selected) {
+            let parts = [&id.to_be_bytes()[..], context.name().as_bytes()];
+            push_reply(&mut self.output, option::SET_META_CONTEXT, reply::META_CONTEXT, &parts);
         }
         self.selected = Some((facts.name, selected));
         self.ack(option::SET_META_CONTEXT)

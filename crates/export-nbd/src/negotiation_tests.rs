@@ -27,7 +27,7 @@ fn facts(name: &str, read_only: bool) -> ExportFacts {
         size: 1 << 30,
         read_only,
         preferred_alignment: 65536,
-        contexts: context::standard(),
+        contexts: Some(Collected { contexts: context::standard(), left_out: 0 }),
     }
 }
 
@@ -61,7 +61,7 @@ impl Dialogue {
                     self.negotiation.list([("disk", "the disk"), ("frozen", "")]);
                     None
                 }
-                Step::Lookup(name) => self.negotiation.found(match name.as_str() {
+                Step::Lookup { name, .. } => self.negotiation.found(match name.as_str() {
                     "" | "disk" => Some(facts("disk", false)),
                     "frozen" => Some(facts("frozen", true)),
                     _ => None,
@@ -84,7 +84,7 @@ impl Dialogue {
                     self.closed = Some(reason);
                     return;
                 }
-                Some(Step::List | Step::Lookup(_)) => panic!("answered above"),
+                Some(Step::List | Step::Lookup { .. }) => panic!("answered above"),
             }
         }
     }

@@ -1,14 +1,15 @@
 //! Judging requests: what a header asks for, how many bytes follow it, and what is wrong with it
 //! (proto.md, "Request message", "Request types", "Size constraints").
 
+use crate::context::MAX_SELECTED;
 use crate::errors::{Refusal, WireError};
 use crate::wire::{Cursor, MAX_PAYLOAD, ReplyStyle, RequestHeader, command, command_flag as flag};
 use disk::ByteRange;
 
 /// Longest payload that is received and dropped so that the connection survives; longer ones end it.
 const MAX_DROPPED_PAYLOAD: u64 = 64 << 20;
-/// Payload of a block status request with 64 context identifiers, the most that are looked at.
-const MAX_STATUS_PAYLOAD: u64 = 8 + 4 * 64;
+/// Payload of a block status request that names all contexts a connection can have.
+const MAX_STATUS_PAYLOAD: u64 = 8 + 4 * MAX_SELECTED as u64;
 
 /// A valid request, but for its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -124,6 +124,8 @@ pub(crate) struct Shared {
 pub(crate) struct Listed {
     pub(crate) export: Export,
     users: Mutex<Users>,
+    /// That contexts are not shown for there are too many.
+    hidden_contexts: Occasional,
 }
 
 #[derive(Default)]
@@ -138,14 +140,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Listed {
+    fn new(export: Export) -> Self {
+        Self { export, users: Mutex::default(), hidden_contexts: Occasional::default() }
+    }
+
     /// What clients may learn, as it is now; `None` when the disk is gone.
-    pub(crate) async fn facts(self: &Arc<Self>) -> Option<ExportFacts> {
+    pub(crate) async fn facts(self: &Arc<Self>, with_contexts: bool) -> Option<ExportFacts> {
         let this = Arc::clone(self);
         let facts = self.export.home.spawn(move || async move {
             let disk = (this.export.disk)()?;
-            Some(this.export.facts(&disk))
+            Some(this.export.facts(&disk, with_contexts))
         });
-        facts.await.ok().flatten()
+        let facts = facts.await.ok().flatten()?;
+        let left_out = facts.contexts.as_ref().map_or(0, |collected| collected.left_out);
+        if left_out > 0
+            && let Some(unsaid) = self.hidden_contexts.due()
+        {
+            tracing::warn!(export = self.export.name, left_out, unsaid, "metadata contexts are not shown: too many");
+        }
+        Some(facts)
     }
 
     /// Makes completed writes durable; on any I/O thread.
@@ -218,7 +231,7 @@ impl Server {
         if exports.contains_key(&export.name) {
             return Err(ExportError::Exists(export.name));
         }
-        exports.insert(export.name.clone(), Arc::new(Listed { export, users: Mutex::default() }));
+        exports.insert(export.name.clone(), Arc::new(Listed::new(export)));
         Ok(())
     }
 

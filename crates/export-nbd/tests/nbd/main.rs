@@ -1,6 +1,7 @@
 //! The NBD server against real clients, and against hand-made bytes.
 
 mod clients;
+mod contexts;
 mod hostile;
 mod lifecycle;
 #[path = "../../src/memory_disk.rs"]

@@ -24,9 +24,12 @@ pub(crate) const PAYLOAD_LEN: u16 = 32;
 pub(crate) const OPT_STARTTLS: u32 = 5;
 pub(crate) const OPT_GO: u32 = 7;
 pub(crate) const OPT_STRUCTURED: u32 = 8;
+pub(crate) const OPT_LIST_META: u32 = 9;
 pub(crate) const OPT_SET_META: u32 = 10;
 pub(crate) const OPT_EXTENDED: u32 = 11;
 pub(crate) const REP_ACK: u32 = 1;
+pub(crate) const REP_META_CONTEXT: u32 = 4;
+pub(crate) const REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
 pub(crate) const REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +116,17 @@ pub(crate) fn go_data(name: &str) -> Vec<u8> {
     let mut data = (name.len() as u32).to_be_bytes().to_vec();
     data.extend_from_slice(name.as_bytes());
     data.extend_from_slice(&[0, 0]);
+    data
+}
+
+/// The data of the options that list and select metadata contexts of the export "disk".
+pub(crate) fn meta_data(queries: &[impl AsRef<str>]) -> Vec<u8> {
+    let mut data = b"\x00\x00\x00\x04disk".to_vec();
+    data.extend_from_slice(&(queries.len() as u32).to_be_bytes());
+    for query in queries {
+        data.extend_from_slice(&(query.as_ref().len() as u32).to_be_bytes());
+        data.extend_from_slice(query.as_ref().as_bytes());
+    }
     data
 }
 

@@ -197,6 +197,26 @@ pub enum EngineError {
         #[source]
         source: Box<EngineError>,
     },
+    /// A guest's agent did not do what it was told, or could not be reached.
+    #[error("guest agent {}: {reason}", socket.display())]
+    GuestAgent {
+        /// The agent's socket.
+        socket: PathBuf,
+        /// What failed and what to do.
+        reason: String,
+    },
+    /// A guest was not frozen as long as it should have been.
+    #[error(
+        "guest agent {}: the guest was not frozen all the time: {reason}; what was made meanwhile is as after a power \
+         cut, not consistent for applications",
+        socket.display()
+    )]
+    NotFrozenThroughout {
+        /// The agent's socket.
+        socket: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// An I/O thread ended.
     #[error("an i/o thread has ended; restart the daemon")]
     ThreadGone,
@@ -321,7 +341,11 @@ impl EngineError {
                 io::ErrorKind::StorageFull => ErrorClass::NoSpace,
                 _ => ErrorClass::Failed,
             },
-            Self::Catalogue { .. } | Self::ThreadGone | Self::Threads(_) => ErrorClass::Failed,
+            Self::Catalogue { .. }
+            | Self::GuestAgent { .. }
+            | Self::NotFrozenThroughout { .. }
+            | Self::ThreadGone
+            | Self::Threads(_) => ErrorClass::Failed,
         }
     }
 }

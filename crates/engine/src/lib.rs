@@ -18,6 +18,7 @@ mod engine;
 mod error;
 mod exports;
 pub mod format_policy;
+pub mod guest_agent;
 mod home;
 pub mod images;
 mod job_records;

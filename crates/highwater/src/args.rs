@@ -82,6 +82,9 @@ pub(crate) enum Verb {
     Metrics,
     /// Print how QEMU and libvirt attach a disk's export
     Attach(AttachArgs),
+    /// Freeze a guest, and thaw it whatever happens; what freezes runs this
+    #[command(hide = true)]
+    FreezeGuard(FreezeGuardArgs),
     /// Print a shell's completion script
     Completions {
         /// The shell
@@ -495,6 +498,21 @@ pub(crate) struct AttachArgs {
     pub(crate) export: Option<String>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct FreezeGuardArgs {
+    /// The unix socket of the guest's agent
+    pub(crate) socket: PathBuf,
+    /// Milliseconds that the guest may be frozen
+    #[arg(long, value_name = "MS", default_value_t = 10_000)]
+    pub(crate) limit: u32,
+    /// Milliseconds to reach the agent
+    #[arg(long, value_name = "MS", default_value_t = 5_000)]
+    pub(crate) connect_limit: u32,
+    /// Milliseconds that freezing may take
+    #[arg(long, value_name = "MS", default_value_t = 30_000)]
+    pub(crate) freeze_limit: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -533,6 +551,7 @@ mod tests {
             "job wait 1",
             "attach a",
             "completions bash",
+            "freeze-guard /s --limit 500 --connect-limit 1 --freeze-limit 2",
         ] {
             let words = std::iter::once("highwater").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));

@@ -7,6 +7,7 @@ mod convert;
 mod create;
 mod daemon;
 mod disks;
+mod freeze_guard;
 mod info;
 mod jobs;
 mod map;
@@ -54,6 +55,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Status => status::status(&global).await,
             Verb::Events => status::events(&global).await,
             Verb::Metrics => status::metrics(&global).await,
+            Verb::FreezeGuard(args) => freeze_guard::run(&args),
             Verb::Attach(args) => attach::run(&global, args).await,
             Verb::Completions { .. } => Ok(exit::OK),
         }

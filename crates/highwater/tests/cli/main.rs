@@ -1,9 +1,11 @@
 //! The real binary, judged by qemu-img and real NBD clients.
 
 mod daemon;
+mod freeze;
 mod images;
 mod live_disks;
 mod long_work;
 mod safety;
+mod scripted_agent;
 mod serve;
 mod support;

@@ -15,7 +15,12 @@ pub(crate) fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
     new.write_all(bytes)?;
     new.sync_all()?;
     fs::rename(&fresh, file)?;
-    let directory = file.parent().unwrap_or(Path::new("."));
+    sync_directory_of(file)
+}
+
+/// Makes the names in a file's directory durable. Blocks.
+pub(crate) fn sync_directory_of(file: &Path) -> io::Result<()> {
+    let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let directory = open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     Ok(fsync(directory)?)
 }

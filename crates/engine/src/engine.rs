@@ -1,11 +1,14 @@
 //! The engine: disks by name, each with its home thread and its exports.
 
 use crate::exports::{DefaultSocket, OpenExport, Servers};
+use crate::history::MarkSpec;
+use crate::history::marking::{self, Member};
+use crate::history::report::{ChangesReport, HistoryReport, MarkReport};
 use crate::home::{DiskId, Home};
 use crate::images::live::LiveDisk;
 use crate::images::report::{ImageInfo, MapEntry};
 use crate::images::request::{NewSize, PreallocationMode, SourceSpec};
-use crate::images::stack::{OpenRequest, Stack};
+use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{self, Progress, Workshop};
 use crate::jobs::{JobKind, JobStatus, Jobs};
 use crate::metrics::{self, ExportCounters};
@@ -68,11 +71,13 @@ struct Entry {
     listed: bool,
     /// Whether it stays as long as the process lives.
     pinned: bool,
+    /// Its history as it was when the disk was opened.
+    history: Option<HistoryReport>,
 }
 
 impl Entry {
     fn opening(spec: DiskSpec, listed: bool) -> Self {
-        Self { spec, phase: Phase::Opening, exports: Vec::new(), listed, pinned: false }
+        Self { spec, phase: Phase::Opening, exports: Vec::new(), listed, pinned: false, history: None }
     }
 
     fn status(&self) -> DiskStatus {
@@ -88,6 +93,7 @@ impl Entry {
             error,
             format: facts.map(|f| f.format).or(self.spec.image.format),
             virtual_size: facts.map(|f| f.size),
+            history: self.history.clone().filter(|_| facts.is_some()),
             read_only: facts.map_or(self.spec.read_only || self.spec.image.snapshot.is_some(), |f| f.read_only),
             exports: self.exports.iter().map(|e| e.status.clone()).collect(),
         }
@@ -149,8 +155,12 @@ impl Engine {
             Ok(()) => self.open_stack(spec).await,
             Err(e) => Err(e),
         };
+        let mut history = None;
         let phase = match opened {
-            Ok((home, facts)) => Phase::Open { home, facts },
+            Ok((home, facts, report)) => {
+                history = Some(report);
+                Phase::Open { home, facts }
+            }
             Err(e) => {
                 let error = chain_text(&e);
                 tracing::info!(disk = spec.name, error, "a disk of the catalogue could not be opened");
@@ -181,6 +191,7 @@ impl Engine {
             }
             entry.phase = phase;
             entry.exports = exports;
+            entry.history = history;
         }
     }
 
@@ -209,10 +220,11 @@ impl Engine {
         receive
     }
 
-    async fn open_stack(&self, spec: &DiskSpec) -> Result<(Home, Facts), EngineError> {
+    async fn open_stack(&self, spec: &DiskSpec) -> Result<(Home, Facts, HistoryReport), EngineError> {
+        let name = spec.name.clone();
         let home = Home { thread: self.threads.pick(), id: DiskId(self.next_id.fetch_add(1, Ordering::Relaxed)) };
         let spec = spec.clone();
-        let facts = home
+        let (facts, history) = home
             .open(
                 move || async move {
                     let file = spec.image.file.clone();
@@ -223,16 +235,23 @@ impl Engine {
                         format,
                         force_share: false,
                         cache: spec.cache,
+                        history: HistoryUse::Kept(spec.history),
                     };
                     Stack::open(&request).await
                 },
                 |stack| {
                     let geometry = stack.disk().geometry();
-                    Facts { format: stack.format(), size: geometry.size, read_only: geometry.read_only }
+                    let facts = Facts { format: stack.format(), size: geometry.size, read_only: geometry.read_only };
+                    (facts, stack.history_report())
                 },
             )
             .await?;
-        Ok((home, facts))
+        if let Some(reason) = &history.reason
+            && !facts.read_only
+        {
+            self.tell(Event::HistoryLost { disk: name, reason: reason.clone() });
+        }
+        Ok((home, facts, history))
     }
 
     async fn open_export(&self, disk: &str, spec: &ExportSpec, home: &Home) -> Result<OpenExport, EngineError> {
@@ -274,7 +293,7 @@ impl Engine {
     }
 
     async fn try_add(&self, spec: &DiskSpec) -> Result<DiskStatus, EngineError> {
-        let (home, facts) = self.open_stack(spec).await?;
+        let (home, facts, history) = self.open_stack(spec).await?;
         let mut exports: Vec<OpenExport> = Vec::new();
         for export in &spec.exports {
             match self.open_export(&spec.name, export, &home).await {
@@ -303,6 +322,7 @@ impl Engine {
             if matches!(entry.phase, Phase::Opening) {
                 entry.phase = Phase::Open { home, facts };
                 entry.exports = exports;
+                entry.history = Some(history);
                 return Ok(entry.status());
             }
         }
@@ -555,6 +575,114 @@ impl Engine {
     ) -> Result<(Vec<MapEntry>, Option<u64>), EngineError> {
         let (home, _) = self.home(name)?;
         home.with(move |stack| async move { images::map::map(&stack, range, most).await }).await
+    }
+
+    /// Takes a mark of disks, or of all disks of virtual machines, at one instant.
+    ///
+    /// # Errors
+    /// When one of them has no history, the name is taken, or the guest could not be frozen and thawed: then there is no
+    /// mark on any of them.
+    pub async fn mark(&self, spec: MarkSpec) -> Result<Vec<MarkReport>, EngineError> {
+        let mut names: Vec<String> = Vec::new();
+        for name in &spec.disks {
+            let disks = self.disks();
+            if disks.contains_key(name) {
+                names.push(name.clone());
+                continue;
+            }
+            let of_vm = disks.values().filter(|entry| entry.spec.vm.as_ref() == Some(name));
+            let before = names.len();
+            names.extend(of_vm.map(|entry| entry.spec.name.clone()));
+            if names.len() == before {
+                return Err(EngineError::NoSuchDisk(name.clone()));
+            }
+        }
+        names.sort_unstable();
+        names.dedup();
+        if names.is_empty() {
+            return Err(EngineError::Invalid("no disk is named".to_owned()));
+        }
+        let members = names
+            .into_iter()
+            .map(|name| Ok(Member { home: self.home(&name)?.0, name }))
+            .collect::<Result<Vec<Member>, EngineError>>()?;
+        let marks = marking::mark(members, spec.name, spec.freeze).await?;
+        for mark in &marks {
+            self.tell(Event::MarkAdded { disk: mark.disk.clone(), mark: mark.name.clone() });
+        }
+        Ok(marks)
+    }
+
+    /// A disk's history as it is now.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchDisk`].
+    pub async fn history(&self, name: &str) -> Result<HistoryReport, EngineError> {
+        let (home, _) = self.home(name)?;
+        home.with(|stack| async move { Ok(stack.history_report()) }).await
+    }
+
+    /// A disk's marks, oldest first.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchDisk`], [`EngineError::NoHistory`].
+    pub async fn marks(&self, name: &str) -> Result<Vec<MarkReport>, EngineError> {
+        let (home, _) = self.home(name)?;
+        let disk = name.to_owned();
+        home.with(move |stack| async move { stack.marks(&disk) }).await
+    }
+
+    /// One mark of a disk.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchDisk`], [`EngineError::NoHistory`], or when there is no such mark.
+    pub async fn mark_named(&self, name: &str, mark: &str) -> Result<MarkReport, EngineError> {
+        let (home, _) = self.home(name)?;
+        let (disk, mark) = (name.to_owned(), mark.to_owned());
+        home.with(move |stack| async move { stack.mark_named(&disk, &mark) }).await
+    }
+
+    /// Forgets a mark.
+    ///
+    /// # Errors
+    /// When there is none of that name, or the history cannot be written.
+    pub async fn delete_mark(&self, name: &str, mark: &str) -> Result<(), EngineError> {
+        let (home, _) = self.home(name)?;
+        let named = mark.to_owned();
+        home.with(move |stack| async move { stack.delete_mark(&named).await }).await?;
+        self.tell(Event::MarkRemoved { disk: name.to_owned(), mark: mark.to_owned() });
+        Ok(())
+    }
+
+    /// Trusts all marks of a disk again, on the user's word that nobody has changed the image unseen.
+    ///
+    /// # Errors
+    /// When there is no history, or it cannot be written.
+    pub async fn trust_history(&self, name: &str) -> Result<Vec<MarkReport>, EngineError> {
+        let (home, _) = self.home(name)?;
+        let disk = name.to_owned();
+        home.with(move |stack| async move {
+            stack.trust_history().await?;
+            stack.marks(&disk)
+        })
+        .await
+    }
+
+    /// What changed on a disk, from byte `from` on, up to about `most` ranges; and where to ask on.
+    ///
+    /// # Errors
+    /// When a mark is missing or refused, or the history cannot be read.
+    pub async fn changes(
+        &self,
+        name: &str,
+        since: String,
+        until: Option<String>,
+        from: u64,
+        most: usize,
+    ) -> Result<ChangesReport, EngineError> {
+        let (home, _) = self.home(name)?;
+        let disk = name.to_owned();
+        home.with(move |stack| async move { stack.changes(&disk, &since, until.as_deref(), from, most).await }).await
     }
 
     /// Changes a disk's size in bytes. New connections see it.

@@ -6,6 +6,7 @@ use std::fs::FileType;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
+use tracking::HistoryError;
 
 /// A failed operation of the engine. Texts name the object, what was expected, what was found and the next
 /// step; the cause is in `source`.
@@ -217,6 +218,22 @@ pub enum EngineError {
         /// Why.
         reason: String,
     },
+    /// A disk has no history.
+    #[error("{}: no history is kept: {reason}", image.display())]
+    NoHistory {
+        /// The image.
+        image: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A history cannot do what it was asked for.
+    #[error("history {}: {source}", file.display())]
+    History {
+        /// The sidecar.
+        file: PathBuf,
+        /// Why.
+        source: tracking::HistoryError,
+    },
     /// An I/O thread ended.
     #[error("an i/o thread has ended; restart the daemon")]
     ThreadGone,
@@ -325,6 +342,17 @@ impl EngineError {
             Self::Unsupported(_) => ErrorClass::Unsupported,
             Self::Cancelled => ErrorClass::Cancelled,
             Self::Unfinished { source, .. } => source.class(),
+            Self::NoHistory { .. } => ErrorClass::Unsupported,
+            Self::History { source, .. } => match source {
+                HistoryError::NoSuchPoint { .. } => ErrorClass::NotFound,
+                HistoryError::PointExists { .. } | HistoryError::Refused { .. } | HistoryError::Stopped { .. } => {
+                    ErrorClass::Conflict
+                }
+                HistoryError::BadName { .. } | HistoryError::Order { .. } => ErrorClass::Invalid,
+                HistoryError::TooManyPoints => ErrorClass::NoSpace,
+                HistoryError::Damaged(_) => ErrorClass::Corrupt,
+                HistoryError::Disk(_) => ErrorClass::Failed,
+            },
             Self::Disk(error) | Self::Needed { source: error, .. } => match error.kind() {
                 disk::ErrorKind::NotFound => ErrorClass::NotFound,
                 disk::ErrorKind::InUse => ErrorClass::InUse,

@@ -3,7 +3,7 @@
 //! Exports of different disks share an address; it is opened with its first export and closed with its last.
 
 use crate::home::Home;
-use crate::{EngineError, ExportSpec, ExportStatus, SocketAccess, TlsSpec};
+use crate::{EngineError, ExportSpec, ExportStatus, SocketAccess, TlsSpec, history};
 use async_lock::Mutex;
 use dataplane::IoThreads;
 use export_nbd::{Drained, Export, ExportError, ExportStats, Server, ServerConfig, Tls, TlsIdentity};
@@ -166,6 +166,7 @@ impl Servers {
         let export = Export {
             read_only: spec.read_only,
             stats: Arc::clone(stats),
+            contexts: history::contexts::of_disk(home.id),
             ..Export::new(name, home.thread.clone(), home.disk_source())
         };
         let added = server.add_export(export);

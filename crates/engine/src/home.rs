@@ -32,6 +32,11 @@ pub(crate) struct Home {
     pub(crate) id: DiskId,
 }
 
+/// The disk, for somebody who is on its thread.
+pub(crate) fn stack_here(id: DiskId) -> Option<Rc<Stack>> {
+    DISKS.with_borrow(|disks| disks.get(&id).cloned())
+}
+
 impl Home {
     /// Runs `f` beside the disk.
     pub(crate) async fn with<T, F, Fut>(&self, f: F) -> Result<T, EngineError>

@@ -1,6 +1,6 @@
 //! A disk as plain data: what the API accepts, what the catalogue stores, what start-up replays.
 
-use crate::{EngineError, SocketAccess};
+use crate::{EngineError, HistorySpec, SocketAccess};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -96,6 +96,12 @@ pub struct DiskSpec {
     /// Whether writes are refused.
     #[serde(default)]
     pub read_only: bool,
+    /// Whether and how its history is kept.
+    #[serde(default)]
+    pub history: HistorySpec,
+    /// The virtual machine that it belongs to: marks may be taken of all disks of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
     /// The ways in.
     #[serde(default)]
     pub exports: Vec<ExportSpec>,
@@ -109,6 +115,10 @@ impl DiskSpec {
     pub fn validate(&self) -> Result<(), EngineError> {
         validate_name(&self.name)?;
         self.image.validate()?;
+        self.history.validate()?;
+        if let Some(vm) = &self.vm {
+            validate_name(vm)?;
+        }
         for export in &self.exports {
             export.validate()?;
         }

@@ -1,5 +1,6 @@
 //! What the engine tells about its disks.
 
+use crate::history::report::HistoryReport;
 use crate::images::ProgressUnit;
 use crate::{DiskSpec, ExportSpec, Format, JobState};
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,9 @@ pub struct DiskStatus {
     pub virtual_size: Option<u64>,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Its history, when the disk is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<HistoryReport>,
     /// The ways in that are open.
     pub exports: Vec<ExportStatus>,
 }
@@ -96,6 +100,27 @@ pub enum Event {
         disk: String,
         /// Bytes.
         size: u64,
+    },
+    /// The marks that a disk has cannot be trusted any more, or no changes are recorded.
+    HistoryLost {
+        /// Which.
+        disk: String,
+        /// Why.
+        reason: String,
+    },
+    /// A mark was taken.
+    MarkAdded {
+        /// Of which disk.
+        disk: String,
+        /// Which.
+        mark: String,
+    },
+    /// A mark was forgotten.
+    MarkRemoved {
+        /// Of which disk.
+        disk: String,
+        /// Which.
+        mark: String,
     },
     /// An export was opened.
     ExportAdded {

@@ -4,7 +4,7 @@ use crate::choices;
 use crate::size::{parse_new_size, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::images::request::{NewSize, PreallocationMode, RepairMode};
-use engine::{CacheMode, Format};
+use engine::{CacheMode, Format, HistoryMode};
 use std::path::PathBuf;
 
 /// Virtual disks: make, convert, check and serve them.
@@ -318,6 +318,23 @@ pub(crate) struct ExportArgs {
     pub(crate) tls_verify: bool,
 }
 
+/// Whether and how a disk's history is kept: which of its bytes changed when.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct HistoryArgs {
+    /// Whether the disk's history is kept
+    #[arg(long, default_value = "auto", value_name = "MODE", value_parser = choices::history())]
+    pub(crate) history: HistoryMode,
+    /// The history's file [default: beside the image, with .history behind its name]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) history_file: Option<PathBuf>,
+    /// Bytes that changes are told apart by, in a new history: a power of two, 4k to 1M [default: 64k]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) history_granule: Option<u64>,
+    /// The most that a crash may report beyond what was written [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) history_open: Option<u64>,
+}
+
 /// How I/O threads are run.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ThreadArgs {
@@ -360,6 +377,8 @@ pub(crate) struct ServeArgs {
     /// Serve an internal snapshot, by name or id; refuses writes
     #[arg(long)]
     pub(crate) snapshot: Option<String>,
+    #[command(flatten)]
+    pub(crate) history: HistoryArgs,
     #[command(flatten)]
     pub(crate) threads: ThreadArgs,
 }
@@ -453,6 +472,11 @@ pub(crate) struct DiskAddArgs {
     /// Show an internal snapshot, by name or id
     #[arg(long)]
     pub(crate) snapshot: Option<String>,
+    /// The virtual machine that it belongs to: marks may be taken of all disks of one
+    #[arg(long, value_name = "VM")]
+    pub(crate) vm: Option<String>,
+    #[command(flatten)]
+    pub(crate) history: HistoryArgs,
     /// Open no export
     #[arg(long, conflicts_with_all = ["export_name", "socket", "listen", "tls"])]
     pub(crate) no_export: bool,

@@ -2,7 +2,7 @@
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use engine::images::request::{PreallocationMode, RepairMode};
-use engine::{CacheMode, Format};
+use engine::{CacheMode, Format, HistoryMode};
 
 fn words(known: impl IntoIterator<Item = (&'static str, &'static str)>) -> PossibleValuesParser {
     PossibleValuesParser::new(known.into_iter().map(|(word, help)| PossibleValue::new(word).help(help)))
@@ -29,6 +29,20 @@ pub(crate) fn cache() -> impl TypedValueParser<Value = CacheMode> {
         "none" => CacheMode::None,
         "unsafe" => CacheMode::Unsafe,
         _ => CacheMode::Writeback,
+    })
+}
+
+/// Whether a history is kept.
+pub(crate) fn history() -> impl TypedValueParser<Value = HistoryMode> {
+    words([
+        ("auto", "kept where that is possible"),
+        ("on", "kept, or the disk is not opened"),
+        ("off", "not kept; a history that is there is lost with the first write"),
+    ])
+    .map(|word| match word.as_str() {
+        "on" => HistoryMode::On,
+        "off" => HistoryMode::Off,
+        _ => HistoryMode::Auto,
     })
 }
 

@@ -79,6 +79,18 @@ impl FileStorage {
         Ok(size)
     }
 
+    /// Gives a file the size back that it had before direct writes completed its last block, if nothing but zeroes is
+    /// there; done anyway when the storage is dropped. No request is under way. Blocks.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn restore_ragged_size(&self) -> Result<()> {
+        match self.0.ragged.swap(0, Ordering::AcqRel) {
+            0 => Ok(()),
+            ragged => self.0.restore_size(ragged).map_err(|e| self.error(e, Operation::Resize)),
+        }
+    }
+
     /// Whether this is a block device.
     pub fn is_block_device(&self) -> bool {
         self.0.block_device

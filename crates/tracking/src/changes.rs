@@ -40,6 +40,14 @@ pub struct ChangesQuery {
     pending: Rc<[PendingRun]>,
 }
 
+impl ChangesQuery {
+    /// The same question, of the bytes before `end`.
+    #[must_use]
+    pub fn up_to(self, end: u64) -> Self {
+        Self { size: self.size.min(end), ..self }
+    }
+}
+
 impl History {
     /// Finds the points of a question.
     ///
@@ -90,7 +98,14 @@ impl History {
     }
 
     /// Adds the changes of granules `at..end`, all of one page.
-    async fn add_page(&self, query: &ChangesQuery, page: usize, at: u64, end: u64, runs: &mut Runs) -> Result<(), HistoryError> {
+    async fn add_page(
+        &self,
+        query: &ChangesQuery,
+        page: usize,
+        at: u64,
+        end: u64,
+        runs: &mut Runs,
+    ) -> Result<(), HistoryError> {
         let since = query.since.epoch;
         let mut pending = query.pending.iter().filter(|run| run.start < end && run.end > at).peekable();
         let known_pages = self.state.borrow().index.len();

@@ -102,7 +102,9 @@ impl fmt::Display for HistoryError {
             Self::Disk(error) => write!(f, "{error}"),
             Self::Damaged(damage) => write!(f, "the history is damaged: {damage}"),
             Self::NoSuchPoint { name } => write!(f, "there is no point {name:?}"),
-            Self::PointExists { name } => write!(f, "there is a point {name:?} already; delete it or choose another name"),
+            Self::PointExists { name } => {
+                write!(f, "there is a point {name:?} already; delete it or choose another name")
+            }
             Self::BadName { name } => write!(
                 f,
                 "{name:?} is no name for a point: expected 1 to {} bytes without control characters",

@@ -120,8 +120,7 @@ impl EpochMarks {
     /// Whether anything is known of the page.
     pub(crate) fn speaks_of(&self, page: usize) -> bool {
         let start = page as u64 * PAGE_GRANULES;
-        matches!(self.pages.get(page), Some(Some(_)))
-            || self.runs.within(start, start + PAGE_GRANULES).next().is_some()
+        matches!(self.pages.get(page), Some(Some(_))) || self.runs.within(start, start + PAGE_GRANULES).next().is_some()
     }
 
     /// Puts this epoch's changes over a page's counters.

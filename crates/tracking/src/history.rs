@@ -1,6 +1,7 @@
 //! The history of one disk: its sidecar, and what is known of it in memory.
 
 use crate::epoch_marks::EpochMarks;
+use crate::epoch_marks::Run;
 use crate::fields::{Reader, Writer, is_sealed, seal};
 use crate::index::{IndexBlock, PageBody, PageEntry};
 use crate::journal_block::JournalBlock;
@@ -9,7 +10,6 @@ use crate::run_map::RunMap;
 use crate::streams::Streams;
 use crate::superblock::{State, Superblock};
 use crate::{ChangeKind, Damage, Distrust, HistoryError, Host, Id, ImageFacts, Point, Refusal, points, trust};
-use crate::epoch_marks::Run;
 use async_lock::Mutex;
 use disk::{Buf, ByteRange, StorageHandle, ZeroMode};
 use event_listener::Event;
@@ -87,6 +87,7 @@ pub struct History {
     pub(crate) changed: Event,
     /// Something is to be done by [`History::tend`].
     pub(crate) wanted: Event,
+    pub(crate) tending_ends: Cell<bool>,
     /// The image was written to since the last sign of life.
     pub(crate) wrote: Cell<bool>,
     pub(crate) stopped: RefCell<Option<String>>,
@@ -148,7 +149,11 @@ impl History {
     ///
     /// # Errors
     /// When the storage cannot be written, the granule is no power of two in its bounds, or the disk is too large.
-    pub async fn create(storage: StorageHandle, host: Rc<dyn Host>, options: CreateOptions) -> Result<Self, HistoryError> {
+    pub async fn create(
+        storage: StorageHandle,
+        host: Rc<dyn Host>,
+        options: CreateOptions,
+    ) -> Result<Self, HistoryError> {
         let granule_bits = options.granule.trailing_zeros() as u8;
         if !options.granule.is_power_of_two() || !layout::GRANULE_BITS.contains(&granule_bits) {
             return Err(HistoryError::Damaged(Damage::Superblock { field: "granule" }));
@@ -228,6 +233,7 @@ impl History {
             committed: Cell::new(0),
             changed: Event::new(),
             wanted: Event::new(),
+            tending_ends: Cell::new(false),
             wrote: Cell::new(false),
             stopped: RefCell::default(),
             flushes_void: Cell::new(false),
@@ -472,7 +478,11 @@ async fn load(storage: &StorageHandle) -> Result<(Known, u64), HistoryError> {
 }
 
 /// The index block of the latest generation that counts, its slot, and whether the other slot must be written anew.
-async fn load_index(storage: &StorageHandle, group: u64, committed: u64) -> Result<(IndexBlock, u8, bool), HistoryError> {
+async fn load_index(
+    storage: &StorageHandle,
+    group: u64,
+    committed: u64,
+) -> Result<(IndexBlock, u8, bool), HistoryError> {
     let both = storage.read_new(layout::index_block(group, 0), 2 * BLOCK as usize).await?;
     let (a, b) = both.split_at(BLOCK as usize);
     let mut best: Option<(IndexBlock, u8)> = None;

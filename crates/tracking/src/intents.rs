@@ -303,7 +303,9 @@ fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
     let mut joined: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
     for (start, end) in runs {
         match joined.last_mut() {
-            Some(last) if start <= last.1 && end.max(last.1) - last.0 <= u64::from(u32::MAX) => last.1 = last.1.max(end),
+            Some(last) if start <= last.1 && end.max(last.1) - last.0 <= u64::from(u32::MAX) => {
+                last.1 = last.1.max(end)
+            }
             _ => joined.push((start, end)),
         }
     }

@@ -54,13 +54,8 @@ impl JournalBlock {
             return None;
         }
         r.u32()?;
-        let found = Self {
-            journal: Id(r.array()?),
-            sequence: r.u64()?,
-            time: r.u64()?,
-            epoch: r.u32()?,
-            runs: Vec::new(),
-        };
+        let found =
+            Self { journal: Id(r.array()?), sequence: r.u64()?, time: r.u64()?, epoch: r.u32()?, runs: Vec::new() };
         if found.journal != journal || found.sequence != sequence {
             return None;
         }

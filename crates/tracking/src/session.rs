@@ -48,9 +48,7 @@ impl History {
         let marked = self.host.set_mark(ImageMark { lineage, moment }).await?;
         // The sidecar has named it as the next one; only an image without a mark, of which none is expected, gets its
         // first by this.
-        let told = self
-            .write_superblock(|superblock| superblock.moment = if marked { moment } else { Id::NONE })
-            .await;
+        let told = self.write_superblock(|superblock| superblock.moment = if marked { moment } else { Id::NONE }).await;
         match told {
             Ok(()) => Ok(()),
             Err(error) => self.stop(&format!("the history could not be written: {error}")).await,
@@ -113,7 +111,7 @@ impl History {
         Ok(())
     }
 
-    /// Does what is due beside the guest's requests, for ever: intents ahead of sequential writers, signs of life, and the
+    /// Does what is due beside the guest's requests, until [`History::end_tending`]: intents ahead of sequential writers, signs of life, and the
     /// table when the journal is half full or `idle` rounds have passed since something changed. `tick` waits for about
     /// a second.
     pub async fn tend<F: Future<Output = ()>>(&self, tick: impl Fn() -> F) {
@@ -125,7 +123,7 @@ impl History {
                 let wanted = self.wanted.listen();
                 matches!(select(pin!(wanted), pin!(tick())).await, Either::Left(_))
             };
-            if self.is_stopped() {
+            if self.is_stopped() || self.tending_ends.get() {
                 return;
             }
             if !woken {
@@ -145,6 +143,12 @@ impl History {
                 }
             }
         }
+    }
+
+    /// Ends [`History::tend`], after what it is doing now.
+    pub fn end_tending(&self) {
+        self.tending_ends.set(true);
+        self.wanted.notify(usize::MAX);
     }
 
     /// Refuses what needs a history that is kept.

@@ -79,7 +79,11 @@ impl<D: Disk> Tracked<D> {
     ///
     /// # Errors
     /// What `resize` reports, and when the sidecar cannot be written.
-    pub async fn resize_with<F: Future<Output = Result<()>>>(&self, size: u64, resize: impl FnOnce(Rc<D>) -> F) -> Result<()> {
+    pub async fn resize_with<F: Future<Output = Result<()>>>(
+        &self,
+        size: u64,
+        resize: impl FnOnce(Rc<D>) -> F,
+    ) -> Result<()> {
         let _held = self.hold_requests().await;
         let old = self.inner.geometry().size;
         self.history.wake().await?;

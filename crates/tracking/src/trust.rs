@@ -125,8 +125,7 @@ pub(crate) fn judge(
         return Some(Distrust::OtherFiles);
     }
     let moved = (then.device, then.inode) != (found.device, found.inode);
-    // A copy bears the time of its making, but also the mark, which nobody else puts there.
-    let is_marked_copy = moved && !recorded.moment.is_none();
+    // The mark alone is not enough: QEMU leaves it alone when it commits into an image that it opened as a parent.
     match recorded.state {
         State::Closed => {
             if then.size != found.size {
@@ -135,7 +134,7 @@ pub(crate) fn judge(
             let same_time = then.modified == found.modified
                 // Some ways of copying keep whole seconds alone.
                 || moved && found.modified % 1_000_000_000 == 0 && then.modified / 1_000_000_000 == found.modified / 1_000_000_000;
-            if !same_time && !is_marked_copy {
+            if !same_time {
                 return Some(Distrust::Modified { recorded: then.modified, found: found.modified });
             }
         }
@@ -147,7 +146,7 @@ pub(crate) fn judge(
             let latest = last_sign.saturating_add(if restarted { SIGNS_LOST } else { SIGNS_APART });
             // After a restart of the machine nothing of ours is later than its beginning.
             let too_late = modified > latest || restarted && modified >= boot.began;
-            if too_late && !is_marked_copy {
+            if too_late {
                 return Some(Distrust::ModifiedLater { last_sign, found: found.modified });
             }
         }
@@ -236,9 +235,12 @@ mod tests {
         let r = recorded(State::Closed, true);
         let ask = |found: ImageFacts, mark| judge(&r, &found, mark, BOOT, 0);
         assert_eq!(ask(facts(), mark()), None);
+        assert_eq!(ask(ImageFacts { inode: 3, ..facts() }, mark()), None, "moved with its times");
         let later = facts().modified + SECOND;
-        assert_eq!(ask(ImageFacts { inode: 3, modified: later, ..facts() }, mark()), None, "copied");
-        assert!(matches!(ask(ImageFacts { modified: later, ..facts() }, mark()), Some(Distrust::Modified { .. })));
+        for inode in [2, 3] {
+            let found = ImageFacts { inode, modified: later, ..facts() };
+            assert!(matches!(ask(found, mark()), Some(Distrust::Modified { .. })), "committed into, or copied");
+        }
         assert_eq!(ask(facts(), None), Some(Distrust::MarkGone));
         let other = |lineage, moment| Some(ImageMark { lineage: Id([lineage; 16]), moment: Id([moment; 16]) });
         assert_eq!(ask(facts(), other(7, 9)), Some(Distrust::OtherMoment));

@@ -56,7 +56,7 @@ impl Workshop {
         Self { threads: threads.into(), _own: None }
     }
 
-    async fn run<T, F, Fut>(&self, work: F) -> Result<T, EngineError>
+    pub(crate) async fn run<T, F, Fut>(&self, work: F) -> Result<T, EngineError>
     where
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, EngineError>> + 'static,
@@ -160,7 +160,7 @@ impl Workshop {
 }
 
 /// The format of a file by [`format_of`], off the I/O thread because it may have to open the file.
-async fn offload_format(file: PathBuf, given: Option<Format>) -> Result<Format, EngineError> {
+pub(crate) async fn offload_format(file: PathBuf, given: Option<Format>) -> Result<Format, EngineError> {
     dataplane::offload(move || format_of(&file, given)).await
 }
 
@@ -182,7 +182,7 @@ async fn open_source(source: &SourceSpec) -> Result<Stack, EngineError> {
 }
 
 /// Closes a stack whatever came out; the first failure is told.
-async fn closing<T>(stack: &Stack, result: Result<T, EngineError>) -> Result<T, EngineError> {
+pub(crate) async fn closing<T>(stack: &Stack, result: Result<T, EngineError>) -> Result<T, EngineError> {
     let closed = stack.close().await;
     let value = result?;
     closed?;

@@ -2,7 +2,7 @@
 
 use super::report::ImageInfo;
 use super::request::{NewSize, PreallocationMode, ResizeSpec, SourceSpec};
-use super::stack::{OpenRequest, Stack};
+use super::stack::{HistoryUse, OpenRequest, Stack};
 use super::{Progress, closing, info, offload_format};
 use crate::{EngineError, Format};
 use disk::Preallocation;
@@ -25,7 +25,8 @@ impl From<PreallocationMode> for Preallocation {
 /// Changes the size.
 pub(crate) async fn resize(spec: ResizeSpec, progress: &Progress) -> Result<ImageInfo, EngineError> {
     let format = offload_format(spec.file.clone(), spec.format).await?;
-    let request = OpenRequest { writable: true, ..OpenRequest::reading(spec.file.clone(), format) };
+    let request =
+        OpenRequest { writable: true, history: HistoryUse::IfThere, ..OpenRequest::reading(spec.file.clone(), format) };
     let stack = Stack::open(&request).await?;
     let result = change(&stack, spec.size, spec.shrink, spec.preallocation, progress).await;
     closing(&stack, result).await?;
@@ -56,7 +57,7 @@ pub(crate) async fn change(
         return Err(EngineError::Invalid("nothing can be preallocated when an image shrinks".to_owned()));
     }
     if preallocation == PreallocationMode::Off || size == present {
-        stack.chain().resize_with(size, Preallocation::Off).await?;
+        stack.resize(size, Preallocation::Off).await?;
     } else {
         grow(stack, present, size, preallocation, progress).await?;
     }
@@ -82,11 +83,11 @@ async fn grow(
     while at < size {
         let next = (at.saturating_add(step) / 512 * 512).min(size);
         let grown = match progress.check() {
-            Ok(()) => stack.chain().resize_with(next, preallocation.into()).await.map_err(EngineError::from),
+            Ok(()) => stack.resize(next, preallocation.into()).await,
             stop => stop,
         };
         if let Err(error) = grown {
-            if at > present && stack.chain().resize_with(present, Preallocation::Off).await.is_err() {
+            if at > present && stack.resize(present, Preallocation::Off).await.is_err() {
                 return Err(EngineError::Invalid(format!(
                     "{error}; the disk has {at} bytes now and could not be given its old size of {present} again"
                 )));

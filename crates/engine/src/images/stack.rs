@@ -2,13 +2,28 @@
 
 use super::gate::{FileGate, FileId, RecordingGate};
 use super::live::LiveDisk;
-use crate::{CacheMode, EngineError, Format, ImageSpec};
+use crate::history::{HistorySpec, Kept};
+use crate::{CacheMode, EngineError, Format, HistoryMode, ImageSpec, history};
 use chain::{Chain, LayerInfo, ParentSpec, StackSpec};
-use disk::{DiskHandle, LayerHandle, StorageHandle};
+use disk::{Disk, DiskHandle, LayerHandle, Preallocation, StorageHandle};
 use formats::raw::{self, RawLayer};
-use std::path::PathBuf;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use storage::FileStorage;
+use tracking::{Held, UncommittedPoint};
+
+/// What is done about the image's history.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum HistoryUse {
+    /// Nothing. Who writes like this breaks it.
+    #[default]
+    None,
+    /// It is kept if there is one.
+    IfThere,
+    /// It is kept as the spec says.
+    Kept(HistorySpec),
+}
 
 /// What to open, and how.
 #[derive(Clone, Debug)]
@@ -20,6 +35,7 @@ pub(crate) struct OpenRequest {
     /// Take no locks: others may write meanwhile.
     pub(crate) force_share: bool,
     pub(crate) cache: CacheMode,
+    pub(crate) history: HistoryUse,
 }
 
 impl OpenRequest {
@@ -31,6 +47,7 @@ impl OpenRequest {
             writable: false,
             force_share: false,
             cache: CacheMode::default(),
+            history: HistoryUse::None,
         }
     }
 }
@@ -41,6 +58,12 @@ pub(crate) struct Stack {
     disk: DiskHandle,
     format: Format,
     files: Vec<FileStorage>,
+    image: PathBuf,
+    /// The history that is kept, or why none is.
+    history: Result<Kept, String>,
+    /// While a mark is being taken.
+    pub(crate) holding: RefCell<Option<Held<Chain>>>,
+    pub(crate) uncommitted: RefCell<Option<UncommittedPoint<Chain>>>,
 }
 
 impl Stack {
@@ -65,11 +88,27 @@ impl Stack {
             }
         });
         let chain = Rc::new(opened?);
+        let files = gate.into_opened();
+        let history = match open_history(request, &chain, &files).await {
+            Ok(history) => history,
+            Err(error) => {
+                chain.close().await?;
+                return Err(error);
+            }
+        };
+        let disk = match &history {
+            Ok(kept) => DiskHandle::from_rc(Rc::clone(&kept.disk)),
+            Err(_) => DiskHandle::from_rc(Rc::clone(&chain)),
+        };
         Ok(Self {
-            disk: DiskHandle::from_rc(Rc::clone(&chain)),
+            disk,
             chain,
             format: request.format,
-            files: gate.into_opened(),
+            files,
+            image: request.image.file.clone(),
+            history,
+            holding: RefCell::default(),
+            uncommitted: RefCell::default(),
         })
     }
 
@@ -79,7 +118,35 @@ impl Stack {
         let layer =
             LayerInfo { path: live.file.clone(), format: formats::Format::Raw, handle: LayerHandle::new(layer) };
         let chain = Rc::new(Chain::new(vec![layer]));
-        Self { disk: DiskHandle::from_rc(Rc::clone(&chain)), chain, format: Format::Raw, files: Vec::new() }
+        Self {
+            disk: DiskHandle::from_rc(Rc::clone(&chain)),
+            chain,
+            format: Format::Raw,
+            files: Vec::new(),
+            image: live.file.clone(),
+            history: Err("it is read through another disk".to_owned()),
+            holding: RefCell::default(),
+            uncommitted: RefCell::default(),
+        }
+    }
+
+    /// The top image's file.
+    pub(crate) fn image(&self) -> &Path {
+        &self.image
+    }
+
+    /// The history that is kept, or why none is.
+    pub(crate) fn history(&self) -> Result<&Kept, &str> {
+        self.history.as_ref().map_err(String::as_str)
+    }
+
+    /// Changes the size, and sets space aside.
+    pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), EngineError> {
+        let change = |chain: Rc<Chain>| async move { chain.resize_with(size, preallocation).await };
+        Ok(match &self.history {
+            Ok(kept) => kept.disk.resize_with(size, change).await?,
+            Err(_) => change(Rc::clone(&self.chain)).await?,
+        })
     }
 
     pub(crate) fn disk(&self) -> &DiskHandle {
@@ -113,8 +180,34 @@ impl Stack {
 
     /// Flushes and closes all layers.
     pub(crate) async fn close(&self) -> Result<(), EngineError> {
+        self.release();
+        if let Ok(kept) = &self.history {
+            kept.end_tending().await;
+        }
         Ok(self.disk.close().await?)
     }
+}
+
+/// The history of a stack that has just been opened, or why it has none.
+async fn open_history(
+    request: &OpenRequest,
+    chain: &Rc<Chain>,
+    files: &[FileStorage],
+) -> Result<Result<Kept, String>, EngineError> {
+    let spec = match &request.history {
+        HistoryUse::None => return Ok(Err("it was not opened".to_owned())),
+        HistoryUse::Kept(spec) => spec.clone(),
+        HistoryUse::IfThere => {
+            let sidecar = history::sidecar_of(&request.image.file);
+            match dataplane::offload(move || sidecar.exists()).await {
+                true => HistorySpec::default(),
+                false => HistorySpec { mode: HistoryMode::Off, ..HistorySpec::default() },
+            }
+        }
+    };
+    let OpenRequest { image, writable, cache, .. } = request;
+    let asked = history::HistoryRequest { spec: &spec, image: &image.file, writable: *writable, cache: *cache };
+    history::open(asked, Rc::clone(chain), files).await
 }
 
 /// The chain's words for an image and its explicit parents.

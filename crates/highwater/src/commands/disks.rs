@@ -57,6 +57,8 @@ fn spec(args: DiskAddArgs) -> Result<DiskSpec, Failure> {
         image: ImageSpec { snapshot: args.snapshot, ..ImageSpec::of(target::absolute(&args.file)?, args.format) },
         cache: args.cache,
         read_only: args.read_only,
+        history: target::history(&args.history)?,
+        vm: args.vm,
         exports,
     })
 }

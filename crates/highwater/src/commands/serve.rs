@@ -29,6 +29,8 @@ pub(crate) async fn run(global: &Global, args: ServeArgs) -> Outcome {
         image: ImageSpec { snapshot: args.snapshot, ..ImageSpec::of(target::absolute(&args.file)?, args.format) },
         cache: args.cache,
         read_only: args.read_only,
+        history: target::history(&args.history)?,
+        vm: None,
         exports: vec![export],
     };
     let status = match engine.add_disk(spec).await {

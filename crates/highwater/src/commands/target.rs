@@ -1,12 +1,12 @@
 //! What a DISK argument means: a daemon's disk or a file; and the I/O threads for work on files.
 
-use crate::args::Global;
+use crate::args::{Global, HistoryArgs};
 use crate::exit::Failure;
 use anyhow::{Context, anyhow};
 use api::{Client, socket_to_try};
 use engine::images::Workshop;
 use engine::images::request::SourceSpec;
-use engine::{Backend, validate_name};
+use engine::{Backend, HistorySpec, validate_name};
 use std::path::{Path, PathBuf};
 
 /// Where to look for the disk.
@@ -98,6 +98,16 @@ pub(crate) fn workshop() -> Result<Workshop, Failure> {
 /// The path from the root; the file need not exist.
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     Ok(std::path::absolute(path).with_context(|| format!("{}: not a path", path.display()))?)
+}
+
+/// A history's description from the command line.
+pub(crate) fn history(args: &HistoryArgs) -> Result<HistorySpec, Failure> {
+    Ok(HistorySpec {
+        mode: args.history,
+        file: args.history_file.as_deref().map(absolute).transpose()?,
+        granule: args.history_granule,
+        open_limit: args.history_open,
+    })
 }
 
 /// Options from `-o K=V,…`; a comma in a value is written twice, as in qemu-img.

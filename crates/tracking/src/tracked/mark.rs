@@ -77,7 +77,9 @@ impl<D: Disk> Tracked<D> {
             return Err(HistoryError::PointExists { name: name.to_owned() });
         }
         if self.history.state.borrow().current.epoch >= LAST_EPOCH {
-            return Err(HistoryError::Stopped { reason: "the history has reached its last epoch; begin a new one".to_owned() });
+            return Err(HistoryError::Stopped {
+                reason: "the history has reached its last epoch; begin a new one".to_owned(),
+            });
         }
         if self.history.state.borrow().frozen.is_some() {
             self.history.checkpoint().await?; // Of a point that could not be made durable.

@@ -248,7 +248,11 @@ fn torture(power: bool, count: u64) {
     seeds::each(count, |seed| rounds(seed, power, &mut seen));
     println!(
         "{} crashes, {} points asked after them; reported though not touched: {} granules in all, {} at most; {} ranges of zeroes",
-        count * 4, seen.points, seen.over, seen.most_over, seen.zeroes
+        count * 4,
+        seen.points,
+        seen.over,
+        seen.most_over,
+        seen.zeroes
     );
     if std::env::var_os("HIGHWATER_SEED").is_none() {
         assert!(seen.points > count && seen.zeroes > 0 && seen.most_over > 0, "the test reaches what it is about");

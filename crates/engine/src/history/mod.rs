@@ -1,0 +1,23 @@
+//! The histories of disks: sidecar files, and what is asked of them.
+//!
+//! ```text
+//! HistorySpec ─► sidecar (which file, made or opened, damaged ones put aside) ─► tracking::History
+//!                                                                                   │
+//! FileHost (clock, times and marks of the image's files) ───────────────────────────┘
+//! marking (several disks at one instant, guests frozen) · contexts (NBD) · offline (files that nobody serves)
+//! ```
+
+pub(crate) mod contexts;
+mod host;
+pub(crate) mod marking;
+mod offline;
+pub(crate) mod questions;
+pub mod report;
+mod sidecar;
+mod spec;
+
+pub use marking::{FreezeSpec, MarkSpec};
+pub use offline::{HistorySource, refuse_freeze};
+pub use sidecar::sidecar_of;
+pub(crate) use sidecar::{HistoryRequest, Kept, open};
+pub use spec::{HistoryMode, HistorySpec};

@@ -1,0 +1,171 @@
+//! The same for images that nobody serves.
+
+use super::HistorySpec;
+use super::marking::{FreezeSpec, random_id};
+use super::report::{ChangesReport, HistoryReport, MarkReport};
+use crate::images::stack::{HistoryUse, OpenRequest, Stack};
+use crate::images::{Workshop, closing, offload_format};
+use crate::{EngineError, Format};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::rc::Rc;
+use tracking::{Consistency, NewPoint};
+
+/// An image with its history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistorySource {
+    /// The image.
+    pub file: PathBuf,
+    /// Its format; by its extension when absent.
+    pub format: Option<Format>,
+    /// Its history.
+    pub history: HistorySpec,
+}
+
+async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
+    let format = offload_format(source.file.clone(), source.format).await?;
+    let request = OpenRequest {
+        writable,
+        history: HistoryUse::Kept(source.history.clone()),
+        ..OpenRequest::reading(source.file.clone(), format)
+    };
+    Ok(Rc::new(Stack::open(&request).await?))
+}
+
+fn name_of(source: &HistorySource) -> String {
+    source.file.display().to_string()
+}
+
+impl Workshop {
+    /// Takes a mark of all these images, at one instant.
+    ///
+    /// # Errors
+    /// When an image cannot be opened for writing, or has no history.
+    pub async fn mark(&self, sources: Vec<HistorySource>, name: String) -> Result<Vec<MarkReport>, EngineError> {
+        self.run(move || async move {
+            let mut stacks = Vec::new();
+            let mut opened = Ok(());
+            for source in &sources {
+                match open(source, true).await {
+                    Ok(stack) => stacks.push((name_of(source), stack)),
+                    Err(error) => {
+                        opened = Err(error);
+                        break;
+                    }
+                }
+            }
+            let marked = match opened {
+                Ok(()) => mark_all(&stacks, &name).await,
+                Err(error) => Err(error),
+            };
+            let mut closed = Ok(());
+            for (_, stack) in &stacks {
+                closed = closed.and(stack.close().await);
+            }
+            let marked = marked?;
+            closed?;
+            Ok(marked)
+        })
+        .await
+    }
+
+    /// All marks of an image, and its history's facts.
+    ///
+    /// # Errors
+    /// When the image cannot be opened, or has no history.
+    pub async fn marks(&self, source: HistorySource) -> Result<(HistoryReport, Vec<MarkReport>), EngineError> {
+        self.run(move || async move {
+            let stack = open(&source, false).await?;
+            let marks = stack.marks(&name_of(&source)).map(|marks| (stack.history_report(), marks));
+            closing(&stack, marks).await
+        })
+        .await
+    }
+
+    /// Forgets a mark.
+    ///
+    /// # Errors
+    /// When there is none of that name, or the history cannot be written.
+    pub async fn delete_mark(&self, source: HistorySource, name: String) -> Result<(), EngineError> {
+        self.run(move || async move {
+            let stack = open(&source, true).await?;
+            let deleted = stack.delete_mark(&name).await;
+            closing(&stack, deleted).await
+        })
+        .await
+    }
+
+    /// Trusts all marks again, on the user's word.
+    ///
+    /// # Errors
+    /// When there is no history, or it cannot be written.
+    pub async fn trust_history(&self, source: HistorySource) -> Result<Vec<MarkReport>, EngineError> {
+        self.run(move || async move {
+            let stack = open(&source, true).await?;
+            let trusted = match stack.trust_history().await {
+                Ok(()) => stack.marks(&name_of(&source)),
+                Err(error) => Err(error),
+            };
+            closing(&stack, trusted).await
+        })
+        .await
+    }
+
+    /// What changed on an image.
+    ///
+    /// # Errors
+    /// When a mark is missing or refused, or the history cannot be read.
+    pub async fn changes(
+        &self,
+        source: HistorySource,
+        since: String,
+        until: Option<String>,
+    ) -> Result<ChangesReport, EngineError> {
+        self.run(move || async move {
+            let stack = open(&source, false).await?;
+            let changes = stack.changes(&name_of(&source), &since, until.as_deref(), 0, usize::MAX).await;
+            closing(&stack, changes).await
+        })
+        .await
+    }
+}
+
+async fn mark_all(stacks: &[(String, Rc<Stack>)], name: &str) -> Result<Vec<MarkReport>, EngineError> {
+    for (_, stack) in stacks {
+        if let Err(error) = stack.hold(name).await {
+            stacks.iter().for_each(|(_, stack)| stack.release());
+            return Err(error);
+        }
+    }
+    let set = random_id();
+    for (_, stack) in stacks {
+        stack.cut(NewPoint { name: name.to_owned(), set });
+    }
+    let mut marks = Vec::new();
+    for (disk, stack) in stacks {
+        match stack.commit(disk, Consistency::Crash).await {
+            Ok(mark) => marks.push(mark),
+            Err(error) => {
+                for ((_, stack), _) in stacks.iter().zip(&marks) {
+                    stack.delete_mark(name).await?;
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(marks)
+}
+
+/// Nobody is there to be frozen when an image is not in use.
+///
+/// # Errors
+/// When somebody wanted that.
+pub fn refuse_freeze(freeze: Option<&FreezeSpec>) -> Result<(), EngineError> {
+    match freeze {
+        None => Ok(()),
+        Some(_) => Err(EngineError::Invalid(
+            "--freeze is for disks that a guest uses through the daemon; an image that nobody serves is at rest"
+                .to_owned(),
+        )),
+    }
+}

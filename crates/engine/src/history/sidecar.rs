@@ -1,0 +1,211 @@
+//! The sidecar file: where it is, how it is made and opened, and what becomes of a damaged one.
+
+use super::host::FileHost;
+use super::{HistoryMode, HistorySpec};
+use crate::images::stack::Stack;
+use crate::{CacheMode, EngineError, durable_file};
+use chain::Chain;
+use dataplane::LocalTask;
+use disk::{Disk, DiskError, StorageHandle};
+use std::cell::RefCell;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use storage::{FileStorage, LockMode, OpenOptions};
+use tracking::{CreateOptions, History, HistoryError, Tracked};
+
+/// Between two looks at what is due beside the guest's requests.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Where the history of an image is, unless another place is named.
+pub fn sidecar_of(image: &Path) -> PathBuf {
+    let mut name = image.file_name().unwrap_or_default().to_owned();
+    name.push(".history");
+    image.with_file_name(name)
+}
+
+/// A history that is kept while its disk is open.
+pub(crate) struct Kept {
+    pub(crate) disk: Rc<Tracked<Chain>>,
+    pub(crate) file: PathBuf,
+    /// Why older points are refused since this opening, if they are.
+    pub(crate) distrust: Option<String>,
+    tender: RefCell<Option<LocalTask<()>>>,
+}
+
+impl Kept {
+    pub(crate) fn history(&self) -> &Rc<History> {
+        self.disk.history()
+    }
+
+    /// Ends what is done beside the guest's requests.
+    pub(crate) async fn end_tending(&self) {
+        let tender = self.tender.borrow_mut().take();
+        if let Some(tender) = tender {
+            self.history().end_tending();
+            tender.await;
+        }
+    }
+}
+
+/// How a history is to be opened.
+pub(crate) struct HistoryRequest<'a> {
+    pub(crate) spec: &'a HistorySpec,
+    pub(crate) image: &'a Path,
+    pub(crate) writable: bool,
+    pub(crate) cache: CacheMode,
+}
+
+/// Opens the history of a disk, and makes it if there is none. `Ok(Err(reason))`: the disk has none, and why.
+///
+/// # Errors
+/// With [`HistoryMode::On`], whatever keeps the disk from having a history.
+pub(crate) async fn open(
+    request: HistoryRequest<'_>,
+    chain: Rc<Chain>,
+    files: &[FileStorage],
+) -> Result<Result<Kept, String>, EngineError> {
+    let HistoryRequest { spec, image, .. } = &request;
+    if spec.mode == HistoryMode::Off {
+        return Ok(Err("it is switched off".to_owned()));
+    }
+    let device = files.first().is_some_and(FileStorage::is_block_device);
+    let file = match (&spec.file, device) {
+        (Some(file), _) => file.clone(),
+        (None, false) => sidecar_of(image),
+        (None, true) => {
+            return unavailable(spec, &request, "a block device has no place beside it; name a file for it".to_owned());
+        }
+    };
+    match open_file(&request, file, chain, files).await {
+        Ok(kept) => Ok(kept),
+        Err(error) => unavailable(spec, &request, crate::chain_text(&error)),
+    }
+}
+
+fn unavailable(
+    spec: &HistorySpec,
+    request: &HistoryRequest<'_>,
+    reason: String,
+) -> Result<Result<Kept, String>, EngineError> {
+    if spec.mode == HistoryMode::On {
+        return Err(EngineError::NoHistory { image: request.image.to_owned(), reason });
+    }
+    tracing::warn!(image = %request.image.display(), reason, "no history is kept");
+    Ok(Err(reason))
+}
+
+async fn open_file(
+    request: &HistoryRequest<'_>,
+    file: PathBuf,
+    chain: Rc<Chain>,
+    files: &[FileStorage],
+) -> Result<Result<Kept, String>, EngineError> {
+    let host = Rc::new(FileHost::new(Rc::clone(&chain), files.to_vec(), file.clone()));
+    let geometry = chain.geometry();
+    let options = CreateOptions { granule: request.spec.granule.unwrap_or(64 << 10), size: geometry.size };
+    let path = file.clone();
+    let exists =
+        dataplane::offload(move || path.try_exists()).await.map_err(|e| EngineError::file(&file, "look for", e))?;
+    if !exists && !request.writable {
+        return Ok(Err("there is none, and a disk that is not written to needs none".to_owned()));
+    }
+    if !exists {
+        make(&file, &host, options).await?;
+    }
+    let opened = match open_sidecar(&file, request).await {
+        Ok(storage) => History::open(storage, host.clone()).await,
+        Err(error) => Err(error.into()),
+    };
+    let (history, distrust) = match opened {
+        Ok((history, distrust)) => (history, distrust.map(|d| d.to_string())),
+        Err(HistoryError::Damaged(damage)) if request.writable => {
+            let aside = put_aside(&file).await?;
+            let reason = format!(
+                "the history was damaged ({damage}); it is kept as {} and a new one has begun",
+                aside.display()
+            );
+            tracing::error!(history = %file.display(), reason);
+            make(&file, &host, options).await?;
+            let (history, _) =
+                History::open(open_sidecar(&file, request).await?, host).await.map_err(|e| lost(&file, e))?;
+            (history, Some(reason))
+        }
+        Err(error) => return Err(lost(&file, error)),
+    };
+    if let Some(reason) = &distrust {
+        tracing::warn!(history = %file.display(), reason, "older points are refused");
+    }
+    if let Some(limit) = request.spec.open_limit {
+        history.set_open_limit(limit);
+    }
+    history.set_flushes_void(request.cache == CacheMode::Unsafe);
+    let history = Rc::new(history);
+    let disk = Tracked::new(chain, Rc::clone(&history)).await.map_err(|e| lost(&file, e))?;
+    let tender =
+        request.writable.then(|| dataplane::spawn_local(async move { history.tend(|| dataplane::sleep(TICK)).await }));
+    Ok(Ok(Kept { disk: Rc::new(disk), file, distrust, tender: RefCell::new(tender) }))
+}
+
+fn lost(file: &Path, error: HistoryError) -> EngineError {
+    EngineError::History { file: file.to_owned(), source: error }
+}
+
+async fn open_sidecar(file: &Path, request: &HistoryRequest<'_>) -> Result<StorageHandle, DiskError> {
+    let cache = match request.cache {
+        CacheMode::Unsafe => storage::CacheMode::Unsafe,
+        _ => storage::CacheMode::Writeback,
+    };
+    // The image's lock is the history's, too.
+    let options = OpenOptions { read_only: !request.writable, cache, lock: LockMode::Off, ..OpenOptions::default() };
+    let file = file.to_owned();
+    dataplane::offload(move || FileStorage::open(file, &options)).await.map(StorageHandle::new)
+}
+
+/// Makes a new history: under another name first, so that there is a whole one or none.
+async fn make(file: &Path, host: &Rc<FileHost>, options: CreateOptions) -> Result<(), EngineError> {
+    let mut fresh = file.file_name().unwrap_or_default().to_owned();
+    fresh.push(".new");
+    let fresh = file.with_file_name(fresh);
+    let path = fresh.clone();
+    let how = OpenOptions { lock: LockMode::Off, replace: true, ..OpenOptions::create_new(0) };
+    let storage = dataplane::offload(move || FileStorage::open(path, &how)).await?;
+    let made = History::create(StorageHandle::new(storage), host.clone(), options).await;
+    let (from, to) = (fresh.clone(), file.to_owned());
+    let failed = made.is_err();
+    let named = dataplane::offload(move || {
+        if failed {
+            return fs::remove_file(&from);
+        }
+        fs::rename(&from, &to)?;
+        durable_file::sync_directory_of(&to)
+    })
+    .await;
+    made.map_err(|e| match e {
+        HistoryError::Disk(e) => EngineError::Disk(e),
+        other => lost(file, other),
+    })?;
+    named.map_err(|e| EngineError::file(file, "make", e))
+}
+
+/// Gives a damaged history another name, so that nothing is lost that somebody might read from it.
+async fn put_aside(file: &Path) -> Result<PathBuf, EngineError> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".damaged-{now}"));
+    let aside = file.with_file_name(name);
+    let (from, to) = (file.to_owned(), aside.clone());
+    let moved: io::Result<()> = dataplane::offload(move || fs::rename(from, to)).await;
+    moved.map_err(|e| EngineError::file(file, "put the damaged history aside", e))?;
+    Ok(aside)
+}
+
+impl Stack {
+    /// The history that is kept, or why none is.
+    pub(crate) fn kept(&self) -> Result<&Kept, EngineError> {
+        self.history()
+            .map_err(|reason| EngineError::NoHistory { image: self.image().to_owned(), reason: reason.to_owned() })
+    }
+}

@@ -25,7 +25,7 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(15 * 60);
 ///
 /// True when the guest was frozen and is thawed again. The caller sees to it that signals do not end the process.
 pub fn run_guard(socket: &Path, limits: FreezeLimits, input: impl AsFd, output: impl Write + AsFd) -> bool {
-    let mut guard = Guard { socket, limits, output, told: false, thawed: 0 };
+    let mut guard = Guard { socket, limits, output };
     match guard.reach(&input) {
         Ok(agent) => guard.freeze(agent, &input),
         Err(error) => {
@@ -39,10 +39,6 @@ struct Guard<'a, W> {
     socket: &'a Path,
     limits: FreezeLimits,
     output: W,
-    /// That thawing does not succeed.
-    told: bool,
-    /// File systems thawed so far, in attempts that were not successful to their end.
-    thawed: u64,
 }
 
 impl<W: Write + AsFd> Guard<'_, W> {
@@ -96,52 +92,60 @@ impl<W: Write + AsFd> Guard<'_, W> {
         true
     }
 
-    /// Thaws, and has the agent confirm it; again and again, also over new connections.
-    fn thaw(&mut self, mut agent: Option<Agent>) -> Option<u64> {
-        let begun = Instant::now();
-        loop {
-            let error = match self.try_thaw(&mut agent) {
-                Ok(()) => return Some(self.thawed),
-                Err(error) => error,
-            };
-            if begun.elapsed() >= GIVE_UP_AFTER {
-                self.fail(format!("the guest could not be thawed: {error}; thaw it by hand (guest-fsfreeze-thaw)"));
-                return None;
+    fn thaw(&mut self, agent: Option<Agent>) -> Option<u64> {
+        thaw(self.socket, agent, |error| Report::Error { error }.say(&mut self.output))
+    }
+}
+
+/// Thaws, and has the agent confirm it; again and again, over new connections when `agent` is of no use. How many file
+/// systems were thawed; `None` when all was in vain. `tell` is told when it is, and before, when it takes long.
+pub(super) fn thaw(socket: &Path, mut agent: Option<Agent>, mut tell: impl FnMut(String)) -> Option<u64> {
+    let begun = Instant::now();
+    let mut told = false;
+    let mut thawed = 0;
+    loop {
+        let error = match try_thaw(socket, &mut agent, &mut thawed) {
+            Ok(()) => return Some(thawed),
+            Err(error) => error,
+        };
+        if begun.elapsed() >= GIVE_UP_AFTER {
+            tell(format!("the guest could not be thawed: {error}; thaw it by hand (guest-fsfreeze-thaw)"));
+            return None;
+        }
+        if begun.elapsed() >= TELL_AFTER && !told {
+            told = true;
+            let minutes = GIVE_UP_AFTER.as_secs() / 60;
+            tell(format!(
+                "the guest is not thawed yet: {error}; process {} goes on trying for {minutes} minutes",
+                std::process::id()
+            ));
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// One attempt. Leaves the connection if another attempt may use it; `thawed` grows by the file systems that it thawed,
+/// also when it fails afterwards.
+fn try_thaw(socket: &Path, connection: &mut Option<Agent>, thawed: &mut u64) -> Result<(), String> {
+    let deadline = Instant::now() + ATTEMPT;
+    let text = |error: AgentError| error.to_string();
+    let mut agent = match connection.take() {
+        Some(agent) => agent,
+        None => Agent::connect(socket, deadline).map_err(text)?,
+    };
+    match agent.thaw(deadline) {
+        Ok(here) => *thawed = thawed.saturating_add(here),
+        Err(error) => {
+            // One that is silent may be so because the connection is dead: the next is new.
+            if matches!(error, AgentError::Refused { .. }) {
+                *connection = Some(agent);
             }
-            if begun.elapsed() >= TELL_AFTER && !self.told {
-                self.told = true;
-                let minutes = GIVE_UP_AFTER.as_secs() / 60;
-                self.fail(format!(
-                    "the guest is not thawed yet: {error}; process {} goes on trying for {minutes} minutes",
-                    std::process::id()
-                ));
-            }
-            std::thread::sleep(PAUSE);
+            return Err(error.to_string());
         }
     }
-
-    /// One attempt. Leaves the connection if another attempt may use it.
-    fn try_thaw(&mut self, connection: &mut Option<Agent>) -> Result<(), String> {
-        let deadline = Instant::now() + ATTEMPT;
-        let text = |error: AgentError| error.to_string();
-        let mut agent = match connection.take() {
-            Some(agent) => agent,
-            None => Agent::connect(self.socket, deadline).map_err(text)?,
-        };
-        match agent.thaw(deadline) {
-            Ok(thawed) => self.thawed = self.thawed.saturating_add(thawed),
-            Err(error) => {
-                // One that is silent may be so because the connection is dead: the next is new.
-                if matches!(error, AgentError::Refused { .. }) {
-                    *connection = Some(agent);
-                }
-                return Err(error.to_string());
-            }
-        }
-        match agent.is_frozen(deadline).map_err(text)? {
-            false => Ok(()),
-            true => Err("the agent says that file systems are still frozen".to_owned()),
-        }
+    match agent.is_frozen(deadline).map_err(text)? {
+        false => Ok(()),
+        true => Err("the agent says that file systems are still frozen".to_owned()),
     }
 }
 

@@ -1,10 +1,12 @@
 //! The guard's parent: starts it, and learns from it what becomes of the guest.
 
 use super::FreezeLimits;
+use super::guard;
 use super::report::{EndedBy, Report, Reports};
 use crate::EngineError;
 use futures_channel::oneshot;
 use std::io::{self, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,7 +27,8 @@ pub struct GuestAgent {
     pub guard: PathBuf,
 }
 
-/// A guest whose file systems are frozen. Dropping it thaws them, as does the end of this process, however it comes.
+/// A guest whose file systems are frozen. Dropping it thaws them, as does the end of this process, however it comes, and
+/// that of the guard.
 #[derive(Debug)]
 pub struct Frozen {
     agent: GuestAgent,
@@ -73,15 +76,26 @@ impl GuestAgent {
             }
         };
         let FreezeLimits { connect, freeze, frozen: limit } = self.limits;
-        match reports.next(Instant::now() + connect + freeze + SLACK) {
+        let report = reports.next(Instant::now() + connect + freeze + SLACK);
+        let socket = self.socket.clone();
+        match report {
             Ok(Report::Frozen { frozen: file_systems }) => {
                 let (end, ended) = oneshot::channel();
                 // Who does not wait any more drops it, and the guard's input with it.
                 let _ = tell.send(Ok(Frozen { agent: self, file_systems, guard, end: ended }));
-                let _ = end.send(reports.next(Instant::now() + limit + THAWING));
+                let report = reports.next(Instant::now() + limit + THAWING);
+                if was_killed(&report, &mut child) {
+                    stand_in(&socket, |error| drop(end.send(Ok(Report::Error { error }))));
+                } else {
+                    let _ = end.send(report);
+                }
             }
-            other => {
-                let reason = match other {
+            // It may have begun to freeze.
+            report if was_killed(&report, &mut child) => {
+                stand_in(&socket, |error| drop(tell.send(Err(self.failed(error)))));
+            }
+            report => {
+                let reason = match report {
                     Ok(Report::Error { error }) => error,
                     Ok(_) => "the guard says that the guest is thawed before it was frozen".to_owned(),
                     Err(error) => guard_failed(&error),
@@ -156,6 +170,26 @@ impl Frozen {
             Ok(Report::Frozen { .. }) => Err(agent.failed("the guard says twice that the guest is frozen")),
             Err(error) => Err(agent.failed(guard_failed(&error))),
         }
+    }
+}
+
+/// Whether the guard has ended without a report, and not of its own accord.
+fn was_killed(report: &io::Result<Report>, child: &mut Child) -> bool {
+    let ended = report.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::UnexpectedEof);
+    ended && child.wait().is_ok_and(|status| status.signal().is_some())
+}
+
+/// Thaws instead of a guard that was killed, and says once what comes of it.
+fn stand_in(socket: &Path, say: impl FnOnce(String)) {
+    tracing::error!(socket = %socket.display(), "the guard of a frozen guest was killed; thawing the guest here");
+    let mut say = Some(say);
+    let mut once = |text: String| {
+        if let Some(say) = say.take() {
+            say(text);
+        }
+    };
+    if guard::thaw(socket, None, |error| once(format!("the guard process was killed, and {error}"))).is_some() {
+        once("the guard process was killed; the guest was thawed instead of it".to_owned());
     }
 }
 

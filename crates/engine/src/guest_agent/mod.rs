@@ -9,7 +9,8 @@
 //!
 //! A guest that stays frozen is worse than any backup that fails, and whoever freezes may die at any moment. So a
 //! process of its own does it, which has nothing else to do: it thaws whatever becomes of its parent, and is deaf to
-//! all signals that a process can be deaf to. Only SIGKILL, or the end of the host, prevents it.
+//! all signals that a process can be deaf to. When it is killed, its parent thaws. Only SIGKILL to both, or the end of
+//! the host, prevents it.
 //!
 //! Invariant: no wait is without a bound. Only one client reaches the agent at a time, and one that is not the first
 //! connects without ever being answered.

@@ -226,6 +226,37 @@ fn the_parent_is_killed() {
     agent.until_thawed();
 }
 
+#[test]
+fn the_guard_is_killed() {
+    let place = Place::new();
+    let (agent, guest) = agent(&place, |_| {});
+    let words = "the guard process was killed; the guest was thawed instead of it";
+    let kill_guard = || {
+        let guard = std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path()).find(|process| {
+            let words = std::fs::read_to_string(process.join("cmdline")).unwrap_or_default();
+            words.contains("freeze-guard") && words.contains(guest.socket.to_str().unwrap())
+        });
+        let pid = guard.unwrap().file_name().unwrap().to_owned();
+        assert!(Command::new("kill").arg("-KILL").arg(pid).status().unwrap().success());
+    };
+    let frozen = freeze(&guest);
+    kill_guard();
+    agent.until_thawed();
+    let error = wait(frozen.thaw()).unwrap_err().to_string();
+    assert!(error.contains(words), "{error}");
+
+    // While the agent is still freezing.
+    agent.state().freezes = vec![Answer::After(Duration::from_millis(500))];
+    agent.state().commands.clear();
+    std::thread::scope(|scope| {
+        let freezing = scope.spawn(|| refused(&guest));
+        until("the agent freezes", || agent.state().commands.iter().any(|command| command == "guest-fsfreeze-freeze"));
+        kill_guard();
+        assert!(freezing.join().unwrap().contains(words));
+    });
+    agent.until_thawed();
+}
+
 /// A guard that a test talks to itself.
 struct Guard {
     child: Child,

@@ -2,9 +2,11 @@
 
 mod mark;
 mod requests;
+mod view;
 mod zeroing;
 
 pub use mark::{Held, NewPoint, UncommittedPoint};
+pub use view::View;
 
 use crate::epoch_marks::Run;
 use crate::history::History;
@@ -14,6 +16,7 @@ use event_listener::Event;
 use requests::UnderWay;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use view::Views;
 use zeroing::Settled;
 
 /// A disk whose changes are recorded in a [`History`].
@@ -30,6 +33,7 @@ pub struct Tracked<D> {
     zeroings: Cell<u64>,
     /// Zeroes and discards that are done, but not yet durable.
     settled: RefCell<Vec<Settled>>,
+    views: Views,
 }
 
 impl<D: Disk> Tracked<D> {
@@ -53,6 +57,7 @@ impl<D: Disk> Tracked<D> {
             moved: Event::new(),
             zeroings: Cell::new(0),
             settled: RefCell::default(),
+            views: Views::default(),
         })
     }
 
@@ -86,6 +91,9 @@ impl<D: Disk> Tracked<D> {
     ) -> Result<()> {
         let _held = self.hold_requests().await;
         let old = self.inner.geometry().size;
+        if size < old && self.views.any() {
+            self.preserve(ByteRange::between(size, old)).await;
+        }
         self.history.wake().await?;
         let recorded = async |size, kind| match self.history.change_size(size, kind).await {
             Err(error) if !self.history.is_stopped() => Err(self.history.not_recorded(&error)),
@@ -118,12 +126,18 @@ impl<D: Disk> Disk for Tracked<D> {
         if !self.history.is_marked(range) {
             Box::pin(self.history.declare(range)).await?;
         }
-        // No waiting between the mark and here: a zeroing that begins later finds this write under way.
+        if self.views.any() {
+            Box::pin(self.preserve(range)).await;
+        }
+        // A zeroing that begins from here on finds this write under way.
         self.inner.write(offset, buf, flags).await
     }
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
         let request = self.enter(range).await;
+        if self.views.any() {
+            Box::pin(self.preserve(range)).await;
+        }
         let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
         let result = self.inner.write_zeroes(range, mode, flags).await;
         let kind = ChangeKind::Zero;
@@ -133,6 +147,9 @@ impl<D: Disk> Disk for Tracked<D> {
 
     async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
         let request = self.enter(range).await;
+        if self.views.any() {
+            Box::pin(self.preserve(range)).await;
+        }
         let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
         let result = self.inner.discard(range, flags).await;
         let kind = ChangeKind::Discarded;
@@ -157,6 +174,7 @@ impl<D: Disk> Disk for Tracked<D> {
 
     async fn close(&self) -> Result<()> {
         let _held = self.hold_requests().await;
+        self.views.end_all("the disk was closed");
         if self.history.awake.get() {
             let settled = std::mem::take(&mut *self.settled.borrow_mut());
             let prepared = match self.inner.flush().await {

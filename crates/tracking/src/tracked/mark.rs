@@ -10,12 +10,12 @@
 //! Crash: before step 4 is durable there is no point. After it, the content before the instant is durable, and so is every
 //! change of the ended epoch.
 
-use super::Tracked;
+use super::{Tracked, View};
 use crate::epoch_marks::EpochMarks;
 use crate::kind::LAST_EPOCH;
 use crate::points::is_name;
 use crate::{Consistency, HistoryError, Id, Point};
-use disk::Disk;
+use disk::{Disk, StorageHandle};
 use std::rc::Rc;
 
 /// What a new point is to be.
@@ -103,6 +103,14 @@ impl<D: Disk> Tracked<D> {
 }
 
 impl<D: Disk> Held<D> {
+    /// A view of this instant, which saves old bytes in that store, `limit` bytes at most.
+    ///
+    /// # Panics
+    /// Never: a held disk has its turn until it is cut.
+    pub fn view(&self, store: StorageHandle, limit: u64) -> View<D> {
+        self.turn.as_ref().expect("held until cut or dropped").0.view_now(store, limit)
+    }
+
     /// Ends the epoch at this instant and lets the guest go on.
     ///
     /// # Panics

@@ -4,4 +4,5 @@ mod crashes;
 mod faults;
 mod host;
 mod points;
+mod views;
 mod zeroes;

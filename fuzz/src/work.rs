@@ -13,7 +13,9 @@ use disk::{
 };
 use formats::Format;
 use formats::qcow2::check::{CheckReport, RepairMode, Severity, check, repair};
-use formats::qcow2::{Compression, Corruption, Header, Image, OpenOptions, SnapshotTable, encode_cluster};
+use formats::qcow2::{
+    BitmapDirectory, BitmapRanges, Compression, Corruption, Header, Image, OpenOptions, SnapshotTable, encode_cluster,
+};
 use futures_util::future::join_all;
 use std::rc::Rc;
 use testkit::MemoryStorage;
@@ -71,6 +73,19 @@ pub fn look(input: &Input) {
                     if let Ok(image) = open(input, OpenOptions { snapshot, ..OpenOptions::default() }).await {
                         read_window(&DiskHandle::from_rc(chain_of(image))).await;
                     }
+                }
+            }
+        }
+        if let Ok(header) = Header::read(&storage).await
+            && let Ok(directory) = BitmapDirectory::read(&storage, &header).await
+        {
+            for bitmap in directory.bitmaps.iter().take(3) {
+                let Ok(mut ranges) = BitmapRanges::open(&storage, &header, &bitmap.name).await else { continue };
+                let mut end = 0;
+                for _ in 0..MAX_EXTENTS {
+                    let Ok(Some(range)) = ranges.next().await else { break };
+                    assert!(!range.is_empty() && range.offset() >= end && range.end() <= header.size);
+                    end = range.end() + 1; // Neighbours are merged.
                 }
             }
         }

@@ -1,15 +1,22 @@
 //! QEMU's persistent bitmaps: the directory and the tables. Specification: "Bitmaps".
 
+use super::entry::OFFSET_MASK;
 use super::extensions::{BitmapsExtension, be16, be32, be64};
 use super::{AUTOCLEAR_BITMAPS, Corruption, Header};
 use disk::{Buf, DiskError, ErrorKind, Result, StorageHandle};
 
 /// Most bitmaps (QEMU's bound).
-const MAX_BITMAPS: u32 = 65535;
+pub(super) const MAX_BITMAPS: u32 = 65535;
 /// Largest directory in bytes (QEMU's bound): 65535 entries of the fixed part and a name of 1023 bytes.
-const MAX_DIRECTORY_BYTES: u64 = MAX_BITMAPS as u64 * (FIXED as u64 + 1024);
+pub(super) const MAX_DIRECTORY_BYTES: u64 = MAX_BITMAPS as u64 * (FIXED as u64 + 1024);
 /// Largest bitmap table in entries (QEMU's bound).
 const MAX_TABLE_ENTRIES: u32 = 0x0800_0000;
+/// Longest name in bytes (QEMU's bound).
+pub(super) const MAX_NAME: usize = 1023;
+/// Reserved bits of bitmap table entries: 1–8 and 56–63.
+const TABLE_RESERVED: u64 = 0xff00_0000_0000_01fe;
+/// The only type: a dirty tracking bitmap.
+const TYPE_DIRTY: u8 = 1;
 /// Bytes of an entry's fixed part.
 const FIXED: usize = 24;
 /// Where an entry's flags stand.
@@ -40,6 +47,8 @@ pub struct Bitmap {
     pub auto: bool,
     /// Bytes of extra data, whose meaning is unknown.
     pub extra_size: u32,
+    /// The bitmap may be used by who does not know its extra data.
+    pub extra_compatible: bool,
     /// Where its directory entry stands within the directory.
     entry_at: usize,
 }
@@ -49,6 +58,64 @@ impl Bitmap {
     pub fn name_text(&self) -> std::borrow::Cow<'_, str> {
         String::from_utf8_lossy(&self.name)
     }
+
+    /// The directory entry of a valid bitmap whose table has no place yet.
+    pub(super) fn entry(name: &[u8], granularity_bits: u8, auto: bool) -> Vec<u8> {
+        let mut entry = vec![0; FIXED];
+        let flags = if auto { FLAG_AUTO } else { 0 };
+        entry[FLAGS_AT..FLAGS_AT + 4].copy_from_slice(&flags.to_be_bytes());
+        entry[16] = TYPE_DIRTY;
+        entry[17] = granularity_bits;
+        entry[18..20].copy_from_slice(&(name.len() as u16).to_be_bytes());
+        entry.extend(name);
+        entry.resize(entry.len().next_multiple_of(8), 0);
+        entry
+    }
+
+    /// The directory entry, now that the table has its place.
+    pub(super) fn placed(mut entry: Vec<u8>, table_offset: u64, table_entries: u32) -> Vec<u8> {
+        entry[..8].copy_from_slice(&table_offset.to_be_bytes());
+        entry[8..12].copy_from_slice(&table_entries.to_be_bytes());
+        entry
+    }
+}
+
+/// What an entry of a bitmap's table says of as many bits as a cluster holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BitmapPart {
+    /// All are clear.
+    Clean,
+    /// All are set.
+    Dirty,
+    /// They stand in the cluster at this offset.
+    At(u64),
+}
+
+impl BitmapPart {
+    /// `None` when the entry contradicts the format.
+    pub(super) fn decode(entry: u64, cluster_size: u64) -> Option<Self> {
+        let offset = entry & OFFSET_MASK;
+        match (offset, entry & 1) {
+            _ if entry & TABLE_RESERVED != 0 || offset & (cluster_size - 1) != 0 => None,
+            (0, 0) => Some(Self::Clean),
+            (0, _) => Some(Self::Dirty),
+            (_, 0) => Some(Self::At(offset)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn encode(self) -> u64 {
+        match self {
+            Self::Clean => 0,
+            Self::Dirty => 1,
+            Self::At(offset) => offset,
+        }
+    }
+}
+
+/// Entries that the table of a bitmap over `size` guest bytes has.
+pub(super) fn table_entries(size: u64, granularity_bits: u8, cluster_bits: u32) -> u64 {
+    size.div_ceil(1 << granularity_bits).div_ceil(8 << cluster_bits)
 }
 
 /// The bitmap directory.
@@ -115,18 +182,19 @@ impl BitmapDirectory {
                 in_use: flags & FLAG_IN_USE != 0,
                 auto: flags & FLAG_AUTO != 0,
                 extra_size,
+                extra_compatible: flags & FLAG_EXTRA_COMPATIBLE != 0,
                 entry_at: at,
             };
             if flags & !FLAGS_KNOWN != 0 {
                 return Err(invalid("reserved flags are set"));
             }
-            if entry[16] != 1 {
+            if entry[16] != TYPE_DIRTY {
                 return Err(invalid("its type is not that of a dirty tracking bitmap"));
             }
             if bitmap.granularity_bits > 63 {
                 return Err(invalid("its granularity is out of range"));
             }
-            if name_len == 0 || name_len > 1023 {
+            if name_len == 0 || name_len > MAX_NAME {
                 return Err(invalid("its name is empty or longer than 1023 bytes"));
             }
             if bitmap.table_offset == 0 || bitmap.table_offset & (cluster_size - 1) != 0 {
@@ -145,6 +213,18 @@ impl BitmapDirectory {
             return Err(Corruption::BitmapDirectorySize { size: bytes.len() as u64, used: at as u64 });
         }
         Ok(Self { bitmaps, bytes: bytes.to_vec() })
+    }
+
+    /// The entries as stored of all bitmaps but the one of that name, and how many these are.
+    pub(super) fn without(&self, name: &[u8]) -> (Vec<u8>, u32) {
+        let ends = self.bitmaps.iter().skip(1).map(|bitmap| bitmap.entry_at).chain([self.bytes.len()]);
+        let mut bytes = Vec::with_capacity(self.bytes.len());
+        let mut count = 0;
+        for (bitmap, end) in self.bitmaps.iter().zip(ends).filter(|(bitmap, _)| bitmap.name != name) {
+            bytes.extend(&self.bytes[bitmap.entry_at..end]);
+            count += 1;
+        }
+        (bytes, count)
     }
 
     /// The directory as stored, with these bitmaps marked as not to be trusted; `None` when they all are.

@@ -218,6 +218,16 @@ pub enum Corruption {
         /// Bytes that the entries take.
         used: u64,
     },
+    /// A bitmap's table does not go with the disk's size.
+    #[error("the bitmap table at {table:#x} has {entries} entries, but the disk's size needs {needed}")]
+    BitmapTableSize {
+        /// Where the bitmap table begins.
+        table: u64,
+        /// As the directory says.
+        entries: u32,
+        /// For the disk's size and the granularity.
+        needed: u64,
+    },
     /// A bitmap table's entry has reserved bits set or an unaligned offset.
     #[error("entry {index} of the bitmap table at {table:#x} is invalid: {entry:#018x}")]
     BitmapTableEntry {

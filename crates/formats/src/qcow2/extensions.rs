@@ -46,7 +46,7 @@ pub struct BitmapsExtension {
 
 impl BitmapsExtension {
     /// Bytes of the extension's data.
-    const LEN: usize = 24;
+    pub(super) const LEN: usize = 24;
 
     pub(super) fn parse(data: &[u8]) -> Result<Self, Corruption> {
         if data.len() != Self::LEN {

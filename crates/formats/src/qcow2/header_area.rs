@@ -21,6 +21,14 @@ use disk::{Buf, DiskError, Result, StorageHandle};
 /// Bytes of an extension's type and length, and of an end mark.
 const HEAD: usize = 8;
 
+/// Bytes that reach the disk whole or not at all.
+const SECTOR: u64 = 512;
+
+/// Whether so many bytes reach the disk whole or not at all.
+pub(super) fn in_one_sector(offset: u64, len: usize) -> bool {
+    offset % SECTOR + len as u64 <= SECTOR
+}
+
 /// What stands in an image's first cluster behind the fixed fields, as it is on the storage.
 pub(super) struct HeaderArea {
     area: Area,

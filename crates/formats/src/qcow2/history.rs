@@ -22,7 +22,7 @@
 //! the extension is. A mark that is unreadable is no mark: a history must never be what keeps an image from being opened.
 
 use super::extensions::{self, be32};
-use super::header_area::{HeaderArea, Room};
+use super::header_area::{HeaderArea, Room, in_one_sector};
 use super::image::Image;
 use super::{AUTOCLEAR_HISTORY, Header};
 use disk::{Buf, HistoryMark, Result};
@@ -35,8 +35,6 @@ const MARK: usize = 32;
 const FRONT: usize = 8;
 /// The version of the extension's data.
 const VERSION: u32 = 1;
-/// Bytes that reach the disk whole or not at all.
-const SECTOR: u64 = 512;
 
 /// Where lineage and moment stand in the extension's data; `None` when that is not readable.
 fn place_of(data: &[u8]) -> Option<usize> {
@@ -59,14 +57,10 @@ fn bytes_of(mark: HistoryMark) -> [u8; MARK] {
     bytes
 }
 
-fn in_one_sector(offset: u64) -> bool {
-    offset % SECTOR + MARK as u64 <= SECTOR
-}
-
 /// The extension's data of `len` bytes (40 at least), when it stands at `data_at`.
 fn encode(mark: HistoryMark, data_at: u64, len: usize) -> Vec<u8> {
     let places = (FRONT..=len - MARK).step_by(8);
-    let place = places.into_iter().find(|place| in_one_sector(data_at + *place as u64)).unwrap_or(FRONT);
+    let place = places.into_iter().find(|place| in_one_sector(data_at + *place as u64, MARK)).unwrap_or(FRONT);
     let mut data = vec![0; len];
     data[..4].copy_from_slice(&VERSION.to_be_bytes());
     data[4..8].copy_from_slice(&(place as u32).to_be_bytes());
@@ -155,7 +149,7 @@ impl Image {
             self.header.borrow_mut().set_history_data(data);
             return Ok(true);
         };
-        if let Some(place) = place_of(&data).filter(|place| in_one_sector(data_at + *place as u64)) {
+        if let Some(place) = place_of(&data).filter(|place| in_one_sector(data_at + *place as u64, MARK)) {
             // Crash: one sector, so the old mark or the new one.
             let bytes = bytes_of(mark);
             data[place..place + MARK].copy_from_slice(&bytes);
@@ -185,7 +179,7 @@ mod tests {
         for data_at in (0..1024).step_by(8) {
             let data = encode(mark, data_at, LEN);
             assert_eq!((data.len(), parse(&data)), (LEN, Some(mark)));
-            assert!(in_one_sector(data_at + place_of(&data).expect("readable") as u64), "{data_at}");
+            assert!(in_one_sector(data_at + place_of(&data).expect("readable") as u64, MARK), "{data_at}");
         }
         assert_eq!(parse(&encode(mark, 500, FRONT + MARK)), Some(mark), "no choice, but readable");
     }

@@ -97,6 +97,17 @@ impl Image {
         self.poison_on_error(closed)
     }
 
+    /// Makes all counts durable, and whatever else was written.
+    pub(super) async fn write_counts(&self) -> Result<()> {
+        let allocator = self.allocator()?;
+        let _tables = allocator.hold_tables().await;
+        allocator.refcounts.write_pages().await?;
+        allocator.sync().await?;
+        // Crash: a block that can be found has its counts.
+        allocator.refcounts.write_table().await?;
+        allocator.sync().await
+    }
+
     async fn close_tables(&self) -> Result<()> {
         let allocator = self.allocator()?;
         let given_up = std::mem::take(&mut *allocator.given_up.borrow_mut());
@@ -116,13 +127,7 @@ impl Image {
         if !self.has_lazy_refcounts() {
             self.storage.sync().await?;
         } else {
-            {
-                let _tables = allocator.hold_tables().await;
-                allocator.refcounts.write_pages().await?;
-                self.storage.sync().await?;
-                allocator.refcounts.write_table().await?;
-                self.storage.sync().await?;
-            }
+            self.write_counts().await?;
             self.change_features(|header| header.incompatible &= !header::INCOMPATIBLE_DIRTY).await?;
         }
         // Whoever writes again must announce it again.

@@ -2,6 +2,8 @@
 
 mod allocator;
 mod bitmap_directory;
+mod bitmap_ranges;
+mod bitmap_store;
 pub mod check;
 mod codec;
 mod corruption;
@@ -30,6 +32,8 @@ mod write;
 mod zero;
 
 pub use bitmap_directory::{Bitmap, BitmapDirectory, Invalidate, invalidate_bitmaps};
+pub use bitmap_ranges::{BitmapRanges, read_bitmap};
+pub use bitmap_store::NewBitmap;
 pub use codec::encode_cluster;
 pub use corruption::{Corruption, L2Rule, Table};
 pub use create::create;

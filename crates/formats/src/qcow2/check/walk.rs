@@ -6,7 +6,7 @@
 
 use super::counts::{Bytes, Counts};
 use super::report::{CheckReport, Progress};
-use crate::qcow2::bitmap_directory::{BitmapDirectory, Invalidate, invalidate_bitmaps};
+use crate::qcow2::bitmap_directory::{BitmapDirectory, BitmapPart, Invalidate, invalidate_bitmaps};
 use crate::qcow2::corruption::L2Rule;
 use crate::qcow2::entry::{COPIED, CompressedAt, L2Entry, OFFSET_MASK, ZERO};
 use crate::qcow2::extensions::be64;
@@ -20,8 +20,6 @@ use std::rc::Rc;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// Reserved bits of standard L2 entries: 1–8 and 56–61.
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
-/// Reserved bits of bitmap table entries: 1–8 and 56–63.
-const BITMAP_RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// Most bytes of all tables of snapshots and bitmaps together.
 const MAX_TABLE_BYTES: u64 = 4 << 30;
 /// Most L2 tables: as many as 32 TiB have with default geometry, times 32.
@@ -431,16 +429,14 @@ impl<'a> Walk<'a> {
 
     /// Counts a bitmap table's entry; `false` when it contradicts the format.
     fn walk_bitmap_entry(&mut self, table: u64, index: u64, entry: u64) -> Result<bool> {
-        let offset = entry & OFFSET_MASK;
-        let unaligned = offset & (self.header.cluster_size() - 1) != 0;
-        if entry & BITMAP_RESERVED != 0 || (offset != 0 && entry & 1 != 0) || unaligned {
-            self.report.corruption(1, Corruption::BitmapTableEntry { table, index, entry });
-            return Ok(false);
+        match BitmapPart::decode(entry, self.header.cluster_size()) {
+            None => {
+                self.report.corruption(1, Corruption::BitmapTableEntry { table, index, entry });
+                Ok(false)
+            }
+            Some(BitmapPart::Clean | BitmapPart::Dirty) => Ok(true),
+            Some(BitmapPart::At(offset)) => self.refer(Table::BitmapData, offset, self.header.cluster_size(), 1),
         }
-        if offset != 0 {
-            return self.refer(Table::BitmapData, offset, self.header.cluster_size(), 1);
-        }
-        Ok(true)
     }
 
     async fn walk_l2_tables(&mut self, progress: Progress<'_>) -> Result<()> {

@@ -474,3 +474,50 @@ fn loss_of_power_leaves_an_old_mark_a_new_one_or_none() {
         assert!(seen.iter().all(|count| *count > 50), "none, old, new: {seen:?}");
     }
 }
+
+/// Loss of power while a repair takes an extension out in front of the mark.
+#[test]
+fn loss_of_power_while_the_header_is_rearranged_leaves_it_readable() {
+    let place = Place::new();
+    base(&place);
+    let images: Vec<_> = [&[][..], &["-b", "base.raw", "-F", "raw"]]
+        .into_iter()
+        .map(|backing| {
+            qemu_img_ok(place.dir(), &[&["create", "-q", "-f", "qcow2"], backing, &["x.qcow2", "1M"]].concat());
+            qemu_img_ok(place.dir(), &["bitmap", "--add", "x.qcow2", "b"]);
+            let (memory, _) = load(&place.path("x.qcow2"));
+            assert!(set(&memory, Some(mark(1))));
+            // A program that knows the mark, but no bitmaps, has written.
+            memory.tamper(|bytes| bytes.write(88, &AUTOCLEAR_HISTORY.to_be_bytes()));
+            memory
+        })
+        .collect();
+    let mut seen = [0; 2];
+    seeds::each(400, |seed| {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let memory = &images[rng.usize(..2)];
+        let before = header_of(memory);
+        let storage = CrashStorage::of(memory.named("image")).yielding(seed);
+        let handle = storage.handle();
+        let mut executor = Executor::new(seed);
+        executor.spawn(async move {
+            repair(&handle, None, RepairMode::Leaks, &mut |_, _| {}).await.expect("repair");
+        });
+        let ended = executor.run_steps(rng.u64(..120));
+        let left = storage.crash(seed);
+        drop(executor);
+        let header = header_of(&left);
+        assert_eq!(header.backing, before.backing);
+        let found = mark_of(&left);
+        assert!(found == Some(mark(1)) || found.is_none() && !ended, "{found:?}");
+        seen[usize::from(found.is_some())] += 1;
+        run(repair(&left.handle(), None, RepairMode::Leaks, &mut |_, _| {})).expect("repair");
+        assert_clean(&left);
+        assert_eq!(header_of(&left).bitmaps, None);
+        assert!(set(&left, Some(mark(2))));
+        assert_eq!(mark_of(&left), Some(mark(2)));
+    });
+    if std::env::var_os("HIGHWATER_SEED").is_none() {
+        assert!(seen.iter().all(|count| *count > 5), "without and with the mark: {seen:?}");
+    }
+}

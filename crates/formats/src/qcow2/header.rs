@@ -534,8 +534,10 @@ impl Header {
     /// stand in the first 512 bytes, which reach the disk whole or not at all. When only they differ, one
     /// sector is written, so a crash leaves the old or the new header. When more differs (extensions or the
     /// backing file's name of another length, or behind the first sector: never while a disk is in use), the
-    /// part behind is written and made durable first, then the first sector; a crash between leaves the old
-    /// fields with new bytes behind, which a changed layout may make unreadable.
+    /// extensions end before those that lie behind the first sector; then the part behind is written; then the first
+    /// sector: each durable before the next. A crash between leaves the old fields without some extensions, which are
+    /// those that an image can do without. (If it cannot, as its data file is named there, the first step is left
+    /// out, and a crash may leave extensions that are unreadable. A changed name of the backing file is old, new or torn.)
     ///
     /// # Errors
     /// As [`Header::encode`], and those of the storage.
@@ -543,12 +545,39 @@ impl Header {
         let mut new = Buf::copy_of(&self.encode()?);
         let old = storage.read_new(0, new.len()).await?;
         if old[SECTOR..] != new[SECTOR..] {
+            if let Some(at) = self.end_before_sector(&old) {
+                // Crash: 8 bytes of one sector; without meaning is what stands behind an end mark.
+                storage.write(at as u64, Buf::zeroed(8)).await?;
+                storage.sync().await?;
+            }
             let behind = new.split_off(SECTOR);
             storage.write(SECTOR as u64, behind).await?;
             storage.sync().await?;
         }
         new.truncate(SECTOR);
         storage.write(0, new).await.map(drop)
+    }
+
+    /// Where an end mark keeps the extensions that reach out of the first sector from being read, if there are any
+    /// and the image can do without them. `first` is the first sector as it is on the storage.
+    fn end_before_sector(&self, first: &[u8]) -> Option<usize> {
+        let mut at = self.header_length as usize;
+        let mut before = 0;
+        while at + 8 <= SECTOR && be32(first, at) != extensions::END {
+            let end = at + 8 + (be32(first, at + 4) as usize).checked_next_multiple_of(8)?;
+            if end + 8 > SECTOR {
+                let needed = |kind: &u32| match *kind {
+                    extensions::BACKING_FORMAT => self.backing.is_some(),
+                    extensions::DATA_FILE => self.data_file.is_some(),
+                    extensions::BITMAPS => self.bitmaps.is_some(),
+                    _ => false,
+                };
+                return (!self.order.iter().skip(before).any(needed)).then_some(at);
+            }
+            at = end;
+            before += 1;
+        }
+        None
     }
 
     /// Adds the table of feature names that new images have.

@@ -1,8 +1,11 @@
 //! The client of the daemon's API, over its unix socket.
 
 use crate::types::{
-    DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo,
+    ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, MarkList, ResizeRequest,
+    VersionInfo,
 };
+use engine::history::MarkSpec;
+use engine::history::report::{ChangesReport, HistoryReport, MarkReport};
 use engine::images::report::ImageInfo;
 use engine::{DiskSpec, DiskStatus, Event, ExportSpec, ExportStatus, JobKind, JobStatus};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
@@ -163,6 +166,44 @@ impl Client {
         self.send(self.request(Method::POST, &disk_path(disk, "/resize")).json(request)).await
     }
 
+    /// Takes a mark of disks, or of all disks of virtual machines, at one instant.
+    pub async fn mark(&self, spec: &MarkSpec) -> Result<Vec<MarkReport>> {
+        let MarkList { marks } = self.send(self.request(Method::POST, "/v1/marks").json(spec)).await?;
+        Ok(marks)
+    }
+
+    /// A disk's history, as it is now.
+    pub async fn history(&self, disk: &str) -> Result<HistoryReport> {
+        self.get(&disk_path(disk, "/history")).await
+    }
+
+    /// A disk's marks, oldest first.
+    pub async fn marks(&self, disk: &str) -> Result<Vec<MarkReport>> {
+        let MarkList { marks } = self.get(&disk_path(disk, "/marks")).await?;
+        Ok(marks)
+    }
+
+    /// One mark of a disk.
+    pub async fn mark_named(&self, disk: &str, mark: &str) -> Result<MarkReport> {
+        self.get(&mark_path(disk, mark)).await
+    }
+
+    /// Forgets a mark.
+    pub async fn delete_mark(&self, disk: &str, mark: &str) -> Result<()> {
+        self.done(self.request(Method::DELETE, &mark_path(disk, mark))).await
+    }
+
+    /// Trusts all marks of a disk again, on the user's word that nobody has changed the image unseen.
+    pub async fn trust_history(&self, disk: &str) -> Result<Vec<MarkReport>> {
+        let MarkList { marks } = self.send(self.request(Method::POST, &disk_path(disk, "/history/trust"))).await?;
+        Ok(marks)
+    }
+
+    /// A part of what changed on a disk.
+    pub async fn changes(&self, disk: &str, query: &ChangesQuery) -> Result<ChangesReport> {
+        self.get(&with_query(&disk_path(disk, "/changes"), query)).await
+    }
+
     /// Starts a job.
     pub async fn start_job(&self, kind: &JobKind) -> Result<JobStatus> {
         self.send(self.request(Method::POST, "/v1/jobs").json(kind)).await
@@ -279,6 +320,10 @@ fn disk_path(name: &str, rest: &str) -> String {
     format!("/v1/disks/{}{rest}", percent(name))
 }
 
+fn mark_path(disk: &str, mark: &str) -> String {
+    disk_path(disk, &format!("/marks/{}", percent(mark)))
+}
+
 fn with_query(path: &str, query: &impl Serialize) -> String {
     let fields = serde_json::to_value(query).unwrap_or_default();
     let pairs: Vec<String> = fields
@@ -309,6 +354,9 @@ mod tests {
     #[test]
     fn paths() {
         assert_eq!(disk_path("a/../b", "/map"), "/v1/disks/a%2F..%2Fb/map");
+        assert_eq!(mark_path("d", "é /%"), "/v1/disks/d/marks/%C3%A9%20%2F%25");
+        let query = ChangesQuery { since: "a b".into(), ..ChangesQuery::default() };
+        assert_eq!(with_query("/x", &query), "/x?since=a%20b&start=0");
         assert_eq!(with_query("/x", &MapQuery { start: 5, length: None }), "/x?start=5");
         assert_eq!(with_query("/x", &ExportQuery { name: Some("a&b".into()), all: false }), "/x?name=a%26b");
         assert_eq!(with_query("/x", &ExportQuery { name: None, all: true }), "/x?all=true");

@@ -7,6 +7,10 @@ mod client;
 mod types;
 
 pub use client::{Client, ClientError, EventStream};
+pub use engine::history::report::{
+    ChangedRange, ChangesReport, HistoryReport, KindOfChange, MarkConsistency, MarkReport,
+};
+pub use engine::history::{FreezeSpec, MarkSpec};
 pub use engine::images::report::{
     BitmapInfo, CheckReport, CompareReport, ConvertReport, FormatSpecific, ImageInfo, MapEntry, MeasureReport,
     Qcow2Info, SnapshotInfo,
@@ -16,6 +20,6 @@ pub use engine::{
     JobStatus, TlsSpec,
 };
 pub use types::{
-    DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, ResizeRequest, VersionInfo,
-    default_socket, runtime_directory, socket_to_try,
+    ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, MarkList, ResizeRequest,
+    VersionInfo, default_socket, runtime_directory, socket_to_try,
 };

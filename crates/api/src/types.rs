@@ -1,5 +1,6 @@
 //! Bodies and queries that only HTTP has.
 
+use engine::history::report::MarkReport;
 use engine::images::report::{ImageInfo, MapEntry};
 use engine::images::request::PreallocationMode;
 use engine::{DiskStatus, JobStatus};
@@ -74,6 +75,31 @@ pub struct MapReply {
     /// The first byte not spoken of, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<u64>,
+}
+
+/// Marks, oldest first; or those that were taken together.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct MarkList {
+    /// The marks.
+    pub marks: Vec<MarkReport>,
+}
+
+/// Which changes of a disk are asked for. An answer has a bounded number of ranges.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[into_params(parameter_in = Query)]
+pub struct ChangesQuery {
+    /// After this mark.
+    pub since: String,
+    /// Up to this one; up to now when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<String>,
+    /// First byte; 0 when absent.
+    #[serde(default)]
+    pub start: u64,
+    /// About as many ranges at most; 16,384 when absent, which is the most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most: Option<usize>,
 }
 
 /// Which export to close: one by its name, or all, which has to be said.

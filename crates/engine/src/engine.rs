@@ -531,6 +531,7 @@ impl Engine {
             let source = SourceSpec { force_share: true, ..SourceSpec::of(image.file, Some(facts.format)) };
             let mut info = images::info::info(&source).await?;
             info.virtual_size = stack.disk().geometry().size;
+            info.history = Some(stack.history_report());
             Ok(info)
         })
         .await
@@ -557,6 +558,7 @@ impl Engine {
             }
             if let Some(top) = all.first_mut() {
                 top.virtual_size = stack.disk().geometry().size;
+                top.history = Some(stack.history_report());
             }
             Ok(all)
         })
@@ -608,9 +610,28 @@ impl Engine {
             .collect::<Result<Vec<Member>, EngineError>>()?;
         let marks = marking::mark(members, spec.name, spec.freeze).await?;
         for mark in &marks {
+            self.look_at_history(&mark.disk).await;
             self.tell(Event::MarkAdded { disk: mark.disk.clone(), mark: mark.name.clone() });
         }
         Ok(marks)
+    }
+
+    /// Takes the history's present facts into the disk's status.
+    async fn look_at_history(&self, name: &str) {
+        let Ok((home, _)) = self.home(name) else { return };
+        let Ok(now) = home.with(|stack| async move { Ok(stack.history_report()) }).await else { return };
+        if let Some(entry) = self.disks().get_mut(name)
+            && matches!(&entry.phase, Phase::Open { home: open, .. } if open.id == home.id)
+        {
+            entry.history = Some(now);
+        }
+    }
+
+    /// Takes the present facts of all histories into the disks' status, which otherwise has them as they were when the disk
+    /// was opened or its marks changed.
+    pub async fn look_at_histories(&self) {
+        let names: Vec<String> = self.disks().keys().cloned().collect();
+        futures_util::future::join_all(names.iter().map(|name| self.look_at_history(name))).await;
     }
 
     /// A disk's history as it is now.
@@ -650,6 +671,7 @@ impl Engine {
         let (home, _) = self.home(name)?;
         let named = mark.to_owned();
         home.with(move |stack| async move { stack.delete_mark(&named).await }).await?;
+        self.look_at_history(name).await;
         self.tell(Event::MarkRemoved { disk: name.to_owned(), mark: mark.to_owned() });
         Ok(())
     }
@@ -661,11 +683,13 @@ impl Engine {
     pub async fn trust_history(&self, name: &str) -> Result<Vec<MarkReport>, EngineError> {
         let (home, _) = self.home(name)?;
         let disk = name.to_owned();
-        home.with(move |stack| async move {
+        let trusted = home.with(move |stack| async move {
             stack.trust_history().await?;
             stack.marks(&disk)
-        })
-        .await
+        });
+        let marks = trusted.await?;
+        self.look_at_history(name).await;
+        Ok(marks)
     }
 
     /// What changed on a disk, from byte `from` on, up to about `most` ranges; and where to ask on.

@@ -381,6 +381,16 @@ impl EngineError {
 impl EngineError {
     /// What to do next, where that is known and not part of the text.
     pub fn next_step(&self) -> Option<String> {
+        if let Self::History { source, .. } = self {
+            let step = match source {
+                HistoryError::Refused { .. } => {
+                    "copy the whole disk and take a new mark, or accept the image as it is with `highwater marks trust`"
+                }
+                HistoryError::NoSuchPoint { .. } => "`highwater marks list` shows all",
+                _ => return None,
+            };
+            return Some(step.to_owned());
+        }
         match self.class() {
             ErrorClass::Corrupt => {
                 let file = match self {

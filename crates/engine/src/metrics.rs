@@ -1,5 +1,6 @@
 //! Counters in OpenMetrics' text format, read from where the data plane keeps them.
 
+use crate::history::report::HistoryReport;
 use crate::{DiskState, DiskStatus};
 use export_nbd::{ExportStats, LATENCY_BUCKETS, RequestKind, RequestStats};
 use std::fmt::Write;
@@ -27,6 +28,22 @@ pub(crate) fn text(disks: &[DiskStatus], exports: &[ExportCounters], jobs: usize
     for disk in disks {
         if let Some(size) = disk.virtual_size {
             let _ = writeln!(text, "highwater_disk_size_bytes{{disk=\"{}\"}} {size}", disk.spec.name);
+        }
+    }
+    type Figure = fn(&HistoryReport) -> u64;
+    let figures: [(&str, &str, Figure); 3] = [
+        ("highwater_disk_history_kept", "Whether the disk's history is kept.", |h| h.kept.into()),
+        ("highwater_disk_marks", "Marks of the disk.", |h| h.marks as u64),
+        ("highwater_disk_history_open_bytes", "Bytes that a crash would report beyond what was written.", |h| {
+            h.open_bytes
+        }),
+    ];
+    for (name, help, figure) in figures {
+        head(&mut text, name, "gauge", help);
+        for disk in disks {
+            if let Some(history) = &disk.history {
+                let _ = writeln!(text, "{name}{{disk=\"{}\"}} {}", disk.spec.name, figure(history));
+            }
         }
     }
     head(&mut text, "highwater_jobs_running", "gauge", "Jobs at work.");

@@ -68,6 +68,13 @@ pub(crate) enum Verb {
     Serve(ServeArgs),
     /// Serve the disks of the catalogue, and the API
     Daemon(DaemonArgs),
+    /// Name an instant of disks, to ask later what changed since: disks of the daemon, or files that nobody serves
+    Mark(MarkArgs),
+    /// Work with the marks of a disk
+    #[command(subcommand)]
+    Marks(MarksVerb),
+    /// Show what changed on a disk since a mark
+    Changes(ChangesArgs),
     /// Work with the daemon's disks
     #[command(subcommand)]
     Disk(DiskVerb),
@@ -137,6 +144,9 @@ pub(crate) struct InfoArgs {
     /// Show the images below as well
     #[arg(long)]
     pub(crate) backing_chain: bool,
+    /// The file of the image's history [default: beside the image, with .history behind its name]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) history_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -333,6 +343,94 @@ pub(crate) struct HistoryArgs {
     /// The most that a crash may report beyond what was written [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) history_open: Option<u64>,
+}
+
+/// Which file's history a verb means.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct HistoryOfArgs {
+    /// The file's format; by its extension when absent
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+    pub(crate) format: Option<Format>,
+    /// The file of the image's history [default: beside the image, with .history behind its name]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) history_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MarkArgs {
+    /// Disks of the daemon, its virtual machines (all of their disks), or files; and the mark's name
+    #[arg(required = true, num_args = 2.., value_names = ["DISK", "NAME"])]
+    pub(crate) disks_and_name: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) of: HistoryOfArgs,
+    /// Freeze the guest's file systems at the instant, through its agent's unix socket
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) freeze: Option<PathBuf>,
+    /// Milliseconds that the guest may be frozen [default: 10000]
+    #[arg(long, value_name = "MS", requires = "freeze")]
+    pub(crate) freeze_limit: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MarksVerb {
+    /// Show all marks of a disk
+    List {
+        /// A file, or the name of a disk of the daemon
+        disk: PathBuf,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+        /// Show the history as well
+        #[arg(short = 'v', long)]
+        verbose: bool,
+    },
+    /// Show one mark
+    Show {
+        /// A file, or the name of a disk of the daemon
+        disk: PathBuf,
+        /// The mark
+        name: String,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+    },
+    /// Forget a mark; no data goes with it
+    Delete {
+        /// A file, or the name of a disk of the daemon
+        disk: PathBuf,
+        /// The mark
+        name: String,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+    },
+    /// Accept, on your word, that nobody has changed the image unseen: refused marks can be used again
+    Trust {
+        /// A file, or the name of a disk of the daemon
+        disk: PathBuf,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChangesArgs {
+    /// A file, or the name of a disk of the daemon
+    pub(crate) disk: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: HistoryOfArgs,
+    /// After this mark
+    #[arg(long, value_name = "NAME")]
+    pub(crate) since: String,
+    /// Up to this mark; up to now when absent
+    #[arg(long, value_name = "NAME")]
+    pub(crate) until: Option<String>,
+    /// Show how many bytes changed in which way, and no ranges
+    #[arg(long)]
+    pub(crate) summary: bool,
+    /// Show where on the disk, as a chart
+    #[arg(long, conflicts_with = "summary")]
+    pub(crate) chart: bool,
+    /// Write a picture of where on the disk
+    #[arg(long, value_name = "FILE.png")]
+    pub(crate) picture: Option<PathBuf>,
 }
 
 /// How I/O threads are run.
@@ -574,15 +672,30 @@ mod tests {
             "disk unexport a --all",
             "job wait 1",
             "attach a",
+            "mark a before",
+            "mark a b vm --json before --freeze /s --freeze-limit 500",
+            "mark a.raw before -f raw --history-file /h",
+            "marks list a -v",
+            "marks show a before",
+            "marks delete a before",
+            "marks trust a",
+            "changes a --since x --until y --json",
+            "changes a --since x --chart --picture a.png",
+            "changes a --since x --summary",
             "completions bash",
             "freeze-guard /s --limit 500 --connect-limit 1 --freeze-limit 2",
         ] {
             let words = std::iter::once("highwater").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));
         }
-        for line in
-            ["disk unexport a", "disk unexport a e --all", "create -f vdi x 1M", "serve --socket-mode 600 a.raw"]
-        {
+        for line in [
+            "disk unexport a",
+            "disk unexport a e --all",
+            "create -f vdi x 1M",
+            "mark a",
+            "changes a",
+            "serve --socket-mode 600 a.raw",
+        ] {
             let words = std::iter::once("highwater").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_err(), "{line} was understood");
         }

@@ -1,8 +1,6 @@
 //! Highwater: one binary, the command line and the daemon.
 
 mod args;
-// `changes` calls it for its --chart and --picture.
-#[expect(dead_code, reason = "the verb that draws it is not here yet")]
 mod change_picture;
 mod choices;
 mod commands;

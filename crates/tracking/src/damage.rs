@@ -101,18 +101,18 @@ impl fmt::Display for HistoryError {
         match self {
             Self::Disk(error) => write!(f, "{error}"),
             Self::Damaged(damage) => write!(f, "the history is damaged: {damage}"),
-            Self::NoSuchPoint { name } => write!(f, "there is no point {name:?}"),
+            Self::NoSuchPoint { name } => write!(f, "there is no mark {name:?}"),
             Self::PointExists { name } => {
-                write!(f, "there is a point {name:?} already; delete it or choose another name")
+                write!(f, "there is a mark {name:?} already; delete it or choose another name")
             }
             Self::BadName { name } => write!(
                 f,
-                "{name:?} is no name for a point: expected 1 to {} bytes without control characters",
+                "{name:?} is no name for a mark: expected 1 to {} bytes without control characters",
                 crate::MAX_NAME
             ),
-            Self::TooManyPoints => write!(f, "there is no room for another point; delete some"),
-            Self::Refused { name, reason } => write!(f, "point {name:?} cannot be trusted: {reason}"),
-            Self::Order { since, until } => write!(f, "point {until:?} is older than {since:?}; exchange them"),
+            Self::TooManyPoints => write!(f, "there is no room for another mark; delete some"),
+            Self::Refused { name, reason } => write!(f, "mark {name:?} cannot be trusted: {reason}"),
+            Self::Order { since, until } => write!(f, "mark {until:?} is older than {since:?}; exchange them"),
             Self::Stopped { reason } => write!(f, "tracking has stopped: {reason}"),
         }
     }

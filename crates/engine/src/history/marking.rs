@@ -53,6 +53,9 @@ pub(crate) fn random_id() -> Id {
 impl Stack {
     /// Holds the guest's changes, for a mark of that name.
     pub(crate) async fn hold(&self, name: &str) -> Result<(), EngineError> {
+        if matches!(name, "." | "..") {
+            return Err(EngineError::Invalid(format!("a mark cannot be called {name:?}, which no URL can name")));
+        }
         let kept = self.kept()?;
         let failed = |source| EngineError::History { file: kept.file.clone(), source };
         let held = dataplane::timeout(HOLD_LIMIT, kept.disk.hold(name)).await.ok_or_else(|| {

@@ -1,8 +1,9 @@
 //! The same for images that nobody serves.
 
-use super::HistorySpec;
 use super::marking::{FreezeSpec, random_id};
 use super::report::{ChangesReport, HistoryReport, MarkReport};
+use super::{HistorySpec, sidecar_of};
+use crate::images::request::SourceSpec;
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{Workshop, closing, offload_format};
 use crate::{EngineError, Format};
@@ -30,6 +31,19 @@ async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, Engin
         ..OpenRequest::reading(source.file.clone(), format)
     };
     Ok(Rc::new(Stack::open(&request).await?))
+}
+
+/// Opens it for writing, but makes no history where none is.
+async fn open_with_history(source: &HistorySource) -> Result<Rc<Stack>, EngineError> {
+    let sidecar = source.history.file.clone().unwrap_or_else(|| sidecar_of(&source.file));
+    let there = sidecar.clone();
+    if !dataplane::offload(move || there.exists()).await {
+        return Err(EngineError::NoHistory {
+            image: source.file.clone(),
+            reason: format!("there is no {}; `highwater mark` makes one", sidecar.display()),
+        });
+    }
+    open(source, true).await
 }
 
 fn name_of(source: &HistorySource) -> String {
@@ -82,13 +96,64 @@ impl Workshop {
         .await
     }
 
+    /// One mark of an image.
+    ///
+    /// # Errors
+    /// When the image cannot be opened, has no history, or no such mark.
+    pub async fn mark_named(&self, source: HistorySource, name: String) -> Result<MarkReport, EngineError> {
+        self.run(move || async move {
+            let stack = open(&source, false).await?;
+            let mark = stack.mark_named(&name_of(&source), &name);
+            closing(&stack, mark).await
+        })
+        .await
+    }
+
+    /// The facts of an image's history, `None` when it has none. A history that cannot be read is told of, and is no failure.
+    ///
+    /// A shared image (`force_share`) is not opened, and neither is its history: others may be writing to both.
+    ///
+    /// # Errors
+    /// When the thread has ended.
+    pub async fn history_of(
+        &self,
+        source: SourceSpec,
+        file: Option<PathBuf>,
+    ) -> Result<Option<HistoryReport>, EngineError> {
+        self.run(move || async move {
+            let sidecar = file.unwrap_or_else(|| sidecar_of(&source.file));
+            let there = sidecar.clone();
+            if !dataplane::offload(move || there.exists()).await {
+                return Ok(None);
+            }
+            let unread = |reason: String| {
+                Some(HistoryReport { file: Some(sidecar.display().to_string()), ..HistoryReport::none(reason) })
+            };
+            if source.force_share || source.snapshot.is_some() {
+                return Ok(unread("it was not read, as somebody else may be writing to it".to_owned()));
+            }
+            let history = HistorySpec { file: Some(sidecar.clone()), ..HistorySpec::default() };
+            let source = HistorySource { file: source.file, format: source.format, history };
+            let read = match open(&source, false).await {
+                Ok(stack) => closing(&stack, Ok(stack.history_report())).await,
+                Err(error) => Err(error),
+            };
+            Ok(match read {
+                Ok(report) if report.file.is_some() => Some(report),
+                Ok(report) => unread(report.reason.unwrap_or_default()),
+                Err(error) => unread(crate::chain_text(&error)),
+            })
+        })
+        .await
+    }
+
     /// Forgets a mark.
     ///
     /// # Errors
     /// When there is none of that name, or the history cannot be written.
     pub async fn delete_mark(&self, source: HistorySource, name: String) -> Result<(), EngineError> {
         self.run(move || async move {
-            let stack = open(&source, true).await?;
+            let stack = open_with_history(&source).await?;
             let deleted = stack.delete_mark(&name).await;
             closing(&stack, deleted).await
         })
@@ -101,7 +166,7 @@ impl Workshop {
     /// When there is no history, or it cannot be written.
     pub async fn trust_history(&self, source: HistorySource) -> Result<Vec<MarkReport>, EngineError> {
         self.run(move || async move {
-            let stack = open(&source, true).await?;
+            let stack = open_with_history(&source).await?;
             let trusted = match stack.trust_history().await {
                 Ok(()) => stack.marks(&name_of(&source)),
                 Err(error) => Err(error),

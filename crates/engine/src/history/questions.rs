@@ -17,7 +17,8 @@ impl Stack {
     pub(crate) fn history_report(&self) -> HistoryReport {
         match self.history() {
             Ok(kept) => {
-                HistoryReport::of(kept.history().info(), kept.file.display().to_string(), kept.distrust.clone())
+                let (history, file) = (kept.history(), kept.file.display().to_string());
+                HistoryReport::of(history.info(), &history.points(), file, kept.distrust.clone())
             }
             Err(reason) => HistoryReport::none(reason),
         }

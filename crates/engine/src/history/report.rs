@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 pub struct HistoryReport {
     /// Whether changes are recorded.
     pub kept: bool,
-    /// Why not, or why older marks are refused.
+    /// Why not, or why marks are refused, or why the history has begun anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// The sidecar.
@@ -25,6 +25,9 @@ pub struct HistoryReport {
     /// How many marks there are.
     #[serde(default)]
     pub marks: usize,
+    /// How many of them are refused.
+    #[serde(default)]
+    pub refused: usize,
     /// Bytes that a crash at this moment would report beyond what was written.
     #[serde(default)]
     pub open_bytes: u64,
@@ -46,20 +49,26 @@ impl HistoryReport {
             lineage: None,
             granule: None,
             marks: 0,
+            refused: 0,
             open_bytes: 0,
             open_limit: 0,
             memory: 0,
         }
     }
 
-    pub(crate) fn of(info: HistoryInfo, file: String, distrust: Option<String>) -> Self {
+    pub(crate) fn of(info: HistoryInfo, points: &[Point], file: String, distrust: Option<String>) -> Self {
+        let refused = || points.iter().filter_map(|point| point.refused.as_ref());
+        // What was found when the disk was opened says nothing of marks that are trusted since.
+        let distrust = distrust.filter(|_| points.is_empty() || refused().next().is_some());
+        let earlier = || refused().next().map(|refusal| refusal.reason.clone());
         Self {
             kept: info.stopped.is_none(),
-            reason: info.stopped.or(distrust),
+            reason: info.stopped.or(distrust).or_else(earlier),
             file: Some(file),
             lineage: Some(info.lineage.to_string()),
             granule: Some(info.granule),
             marks: info.points,
+            refused: refused().count(),
             open_bytes: info.open_bytes,
             open_limit: info.open_limit,
             memory: info.memory,

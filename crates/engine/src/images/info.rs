@@ -37,6 +37,7 @@ pub(crate) async fn info(source: &SourceSpec) -> Result<ImageInfo, EngineError> 
         backing_filename_format: None,
         snapshots: Vec::new(),
         format_specific: None,
+        history: None,
     };
     if format == Format::Qcow2 {
         of_qcow2(&mut info, &source.file, &storage).await?;

@@ -1,6 +1,7 @@
 //! What work on images finds out, under the field names of `qemu-img … --output=json`.
 
 use crate::Format;
+use crate::history::report::HistoryReport;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -39,6 +40,9 @@ pub struct ImageInfo {
     /// What only this format has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format_specific: Option<FormatSpecific>,
+    /// The history that is kept beside it, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<HistoryReport>,
 }
 
 /// What only one format has.

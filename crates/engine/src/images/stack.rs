@@ -143,10 +143,11 @@ impl Stack {
     /// Changes the size, and sets space aside.
     pub(crate) async fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), EngineError> {
         let change = |chain: Rc<Chain>| async move { chain.resize_with(size, preallocation).await };
-        Ok(match &self.history {
+        match &self.history {
             Ok(kept) => kept.disk.resize_with(size, change).await?,
             Err(_) => change(Rc::clone(&self.chain)).await?,
-        })
+        }
+        Ok(())
     }
 
     pub(crate) fn disk(&self) -> &DiskHandle {

@@ -10,6 +10,7 @@ pub(crate) mod chart;
 mod hilbert;
 pub(crate) mod png_file;
 
+use api::KindOfChange;
 use disk::ByteRange;
 
 /// How bytes were changed.
@@ -25,6 +26,15 @@ pub(crate) enum ChangeKind {
 
 impl ChangeKind {
     const ALL: [Self; 3] = [Self::Data, Self::Zero, Self::Discarded];
+
+    /// The same as the engine has it.
+    pub(crate) const fn of(kind: KindOfChange) -> Self {
+        match kind {
+            KindOfChange::Data => Self::Data,
+            KindOfChange::Zero => Self::Zero,
+            KindOfChange::Discarded => Self::Discarded,
+        }
+    }
 
     /// The word in legends.
     const fn word(self) -> &'static str {

@@ -6,7 +6,7 @@ use crate::args::{DiskAddArgs, DiskVerb, Global};
 use crate::exit::{self, Failure};
 use crate::output;
 use crate::size::human;
-use api::{DiskSpec, DiskStatus, ExportStatus, ImageSpec};
+use api::{DiskSpec, DiskStatus, ExportStatus, HistoryReport, ImageSpec};
 use engine::{DiskState, name_of_file};
 
 pub(crate) async fn run(global: &Global, verb: DiskVerb) -> Outcome {
@@ -71,6 +71,14 @@ fn show(global: &Global, status: &DiskStatus) -> anyhow::Result<()> {
         return Ok(());
     }
     table(std::slice::from_ref(status))?;
+    if let Some(HistoryReport { kept, refused, reason: Some(reason), .. }) = &status.history {
+        let what = match (kept, refused) {
+            (false, _) => "no history is kept",
+            (true, 0) => "its history has begun anew",
+            (true, _) => "marks are refused",
+        };
+        output::line(&format!("{}: {what}: {reason}", status.spec.name))?;
+    }
     for export in &status.exports {
         uris(export)?;
     }
@@ -87,6 +95,15 @@ fn uris(export: &ExportStatus) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn history_word(history: &HistoryReport) -> String {
+    match history {
+        HistoryReport { kept: false, .. } => "no".to_owned(),
+        HistoryReport { marks: 0, .. } => "kept".to_owned(),
+        HistoryReport { marks, refused: 0, .. } => format!("kept, marks: {marks}"),
+        HistoryReport { marks, refused, .. } => format!("kept, marks: {marks}, refused: {refused}"),
+    }
+}
+
 fn table(disks: &[DiskStatus]) -> anyhow::Result<()> {
     let rows = disks.iter().map(|disk| {
         let state = match (disk.state, &disk.error) {
@@ -99,9 +116,10 @@ fn table(disks: &[DiskStatus]) -> anyhow::Result<()> {
             disk.format.map_or_else(String::new, |f| f.to_string()),
             disk.virtual_size.map_or_else(String::new, human),
             disk.exports.len().to_string(),
+            disk.history.as_ref().map_or_else(String::new, history_word),
             disk.spec.image.file.display().to_string(),
             state,
         ]
     });
-    output::table(&["name", "format", "size", "exports", "file", "state"], rows)
+    output::table(&["name", "format", "size", "exports", "history", "file", "state"], rows)
 }

@@ -6,20 +6,29 @@ use crate::args::{DiskArg, Global, InfoArgs};
 use crate::exit;
 use crate::output;
 use crate::size::human;
-use api::{FormatSpecific, ImageInfo};
+use api::{FormatSpecific, HistoryReport, ImageInfo};
 use engine::images::request::SourceSpec;
 use std::fmt::Write;
 
 pub(crate) async fn run(global: &Global, args: InfoArgs) -> Outcome {
+    let history_file = args.history_file.as_deref().map(target::absolute).transpose()?;
     let chain = match target::find(global, &args.disk.disk).await? {
         Target::Disk(client, name) => {
             let DiskArg { format, force_share, .. } = &args.disk;
-            target::refuse_file_options(&name, &[("-f", format.is_some()), ("-U", *force_share)])?;
+            target::refuse_file_options(
+                &name,
+                &[("-f", format.is_some()), ("-U", *force_share), ("--history-file", history_file.is_some())],
+            )?;
             if args.backing_chain { client.chain(&name).await? } else { vec![client.info(&name).await?] }
         }
         Target::File(file) => {
             let source = SourceSpec { force_share: args.disk.force_share, ..SourceSpec::of(file, args.disk.format) };
-            target::workshop()?.info(source, args.backing_chain).await?
+            let workshop = target::workshop()?;
+            let mut chain = workshop.info(source.clone(), args.backing_chain).await?;
+            if let Some(top) = chain.first_mut() {
+                top.history = workshop.history_of(source, history_file).await?;
+            }
+            chain
         }
     };
     if global.wants_json() {
@@ -104,11 +113,45 @@ fn text(info: &ImageInfo) -> String {
             );
         }
     }
+    if let Some(history) = &info.history {
+        text.push_str(&history_text(history));
+    }
+    text
+}
+
+/// A history's facts.
+pub(super) fn history_text(history: &HistoryReport) -> String {
+    let mut text = String::from("history:");
+    let mut say = |name: &str, value: String| {
+        let _ = write!(text, "\n    {name}: {value}");
+    };
+    say("kept", if history.kept { "yes" } else { "no" }.to_owned());
+    if let Some(reason) = &history.reason {
+        let what = match (history.kept, history.refused) {
+            (false, _) => "reason",
+            (true, 0) => "begun anew",
+            (true, _) => "marks are refused",
+        };
+        say(what, reason.clone());
+    }
+    if let Some(file) = &history.file {
+        say("file", file.clone());
+    }
+    if let Some(lineage) = &history.lineage {
+        say("lineage", lineage.clone());
+        say("granule", human(history.granule.unwrap_or(0)));
+        say("marks", format!("{}, {} of them refused", history.marks, history.refused));
+        say(
+            "a crash would over-report",
+            format!("{} now, {} at most", human(history.open_bytes), human(history.open_limit)),
+        );
+    }
+    text.push('\n');
     text
 }
 
 /// A moment, given in seconds since 1970, in UTC.
-fn date(seconds: u64) -> String {
+pub(super) fn date(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     // Years begin in March, so that leap days come last; 400 years have 146,097 days.
     let days = days + 719_468;

@@ -1,6 +1,7 @@
 //! One module per verb, or per family of verbs.
 
 mod attach;
+mod changes;
 mod check;
 mod compare;
 mod convert;
@@ -11,6 +12,7 @@ mod freeze_guard;
 mod info;
 mod jobs;
 mod map;
+mod marks;
 mod measure;
 mod resize;
 mod serve;
@@ -50,6 +52,9 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Measure(args) => measure::run(&global, args).await,
             Verb::Serve(args) => serve::run(&global, args).await,
             Verb::Daemon(args) => daemon::run(&global, args).await,
+            Verb::Mark(args) => marks::mark(&global, args).await,
+            Verb::Marks(verb) => marks::run(&global, verb).await,
+            Verb::Changes(args) => changes::run(&global, args).await,
             Verb::Disk(verb) => disks::run(&global, verb).await,
             Verb::Job(verb) => jobs::run(&global, verb).await,
             Verb::Status => status::status(&global).await,

@@ -50,6 +50,7 @@ pub(crate) async fn run(global: &Global, args: ServeArgs) -> Outcome {
             "disk": status.spec.name,
             "size": status.virtual_size,
             "read-only": status.read_only,
+            "history": status.history,
             "uris": uris,
             "api": global.api,
             "pid": std::process::id(),

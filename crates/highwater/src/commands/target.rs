@@ -1,9 +1,10 @@
 //! What a DISK argument means: a daemon's disk or a file; and the I/O threads for work on files.
 
-use crate::args::{Global, HistoryArgs};
+use crate::args::{Global, HistoryArgs, HistoryOfArgs};
 use crate::exit::Failure;
 use anyhow::{Context, anyhow};
 use api::{Client, socket_to_try};
+use engine::history::HistorySource;
 use engine::images::Workshop;
 use engine::images::request::SourceSpec;
 use engine::{Backend, HistorySpec, validate_name};
@@ -48,6 +49,77 @@ pub(crate) async fn find(global: &Global, argument: &Path) -> Result<Target, Fai
             Ok(Target::Disk(client, argument.to_owned()))
         }
     }
+}
+
+/// Several disks that are asked for together.
+pub(crate) enum Group {
+    /// Disks, or virtual machines, of the daemon.
+    Daemon(Client, Vec<String>),
+    /// Files.
+    Files(Vec<PathBuf>),
+}
+
+/// The same choice as [`find`] has, for several disks; a daemon's virtual machine stands for its disks.
+pub(crate) async fn find_all(global: &Global, arguments: &[PathBuf]) -> Result<Group, Failure> {
+    let socket = global.api.clone().unwrap_or_else(socket_to_try);
+    let files_first = global.api.is_none();
+    let all_files = arguments.iter().all(|argument| argument.exists());
+    if files_first && all_files {
+        return Ok(Group::Files(arguments.to_vec()));
+    }
+    if files_first && !socket.exists() {
+        let missing = arguments.iter().find(|argument| !argument.exists()).unwrap_or(&arguments[0]);
+        let (missing, socket) = (missing.display(), socket.display());
+        return Err(anyhow!(
+            "{missing}: no such file, and no daemon is at {socket} to know a disk or a virtual machine of that name"
+        )
+        .into());
+    }
+    let client = Client::new(&socket)?;
+    let disks = client.disks().await?.disks;
+    let known = |name: &str| disks.iter().any(|disk| disk.spec.name == name || disk.spec.vm.as_deref() == Some(name));
+    let (mut names, mut files) = (Vec::new(), Vec::new());
+    for argument in arguments {
+        let is_file = argument.exists();
+        match argument.to_str().filter(|name| known(name)) {
+            Some(name) if !(files_first && is_file) => names.push(name.to_owned()),
+            _ if is_file => files.push(argument.clone()),
+            _ => {
+                return Err(anyhow!(
+                    "{}: no such file, and the daemon at {} has neither a disk nor a virtual machine of that name; \
+                     `highwater disk list` shows all",
+                    argument.display(),
+                    socket.display()
+                )
+                .into());
+            }
+        }
+    }
+    match (names.first(), files.first()) {
+        (Some(name), Some(file)) => Err(anyhow!(
+            "{} is a file, and {name} belongs to the daemon: one mark is of files or of the daemon's disks; add the \
+             file with `highwater disk add`, or take two marks",
+            file.display()
+        )
+        .into()),
+        (Some(_), None) => Ok(Group::Daemon(client, names)),
+        (None, _) => Ok(Group::Files(files)),
+    }
+}
+
+/// A file with its history.
+pub(crate) fn history_source(file: &Path, of: &HistoryOfArgs) -> Result<HistorySource, Failure> {
+    let history_file = of.history_file.as_deref().map(absolute).transpose()?;
+    Ok(HistorySource {
+        file: file.to_owned(),
+        format: of.format,
+        history: HistorySpec { file: history_file, ..HistorySpec::default() },
+    })
+}
+
+/// Options of a file's history, which a disk of the daemon has no use for.
+pub(crate) fn history_options(of: &HistoryOfArgs) -> [(&'static str, bool); 2] {
+    [("-f", of.format.is_some()), ("--history-file", of.history_file.is_some())]
 }
 
 /// The client of the daemon that `--api` names, or of the one on the default socket.

@@ -1,6 +1,7 @@
 //! The HTTP server: routes over the engine, on a unix socket that only its owner can open.
 
 mod events;
+mod histories;
 mod routes;
 mod socket;
 

@@ -1,6 +1,6 @@
 //! One function per path and method.
 
-use super::{Refusal, State, events};
+use super::{Refusal, State, events, histories};
 use api::{
     DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain, ImageInfo, JobKind,
     JobList, JobStatus, MapQuery, MapReply, ResizeRequest, VersionInfo,
@@ -26,6 +26,8 @@ use utoipa_axum::routes;
 const LARGEST_BODY: usize = 1 << 20;
 /// Entries in one answer to `map`.
 const MAP_ENTRIES: usize = 16384;
+/// How long histories are waited for when disks are shown.
+const HISTORIES_LIMIT: Duration = Duration::from_millis(500);
 /// Between two events that tell how far a job is.
 const BETWEEN_PROGRESS: Duration = Duration::from_millis(500);
 
@@ -34,6 +36,7 @@ const BETWEEN_PROGRESS: Duration = Duration::from_millis(500);
     info(title = "Highwater", description = "Disks, their exports, and work on images."),
     components(schemas(ErrorBody)),
     tags(
+        (name = "histories", description = "Histories of disks, their marks, and what changed since"),
         (name = "disks", description = "Disks of the catalogue and their exports"),
         (name = "jobs", description = "Long work on image files"),
         (name = "daemon", description = "The daemon itself")
@@ -41,10 +44,10 @@ const BETWEEN_PROGRESS: Duration = Duration::from_millis(500);
 )]
 struct Document;
 
-type Answer<T> = Result<T, Refusal>;
+pub(super) type Answer<T> = Result<T, Refusal>;
 
 /// A part of the path: a disk's name or a job's number.
-struct Part<T>(T);
+pub(super) struct Part<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<State> for Part<T> {
     type Rejection = Refusal;
@@ -95,6 +98,12 @@ fn described() -> (Router<State>, utoipa::openapi::OpenApi) {
         .routes(routes!(info))
         .routes(routes!(chain))
         .routes(routes!(resize))
+        .routes(routes!(histories::take_mark))
+        .routes(routes!(histories::history))
+        .routes(routes!(histories::trust))
+        .routes(routes!(histories::list_marks))
+        .routes(routes!(histories::show_mark, histories::delete_mark))
+        .routes(routes!(histories::changes))
         .routes(routes!(list_jobs, start_job))
         .routes(routes!(show_job, forget_job))
         .routes(routes!(cancel_job))
@@ -135,12 +144,14 @@ async fn version(extract::State(state): extract::State<State>) -> Json<VersionIn
     responses((status = 200, content_type = "text/plain", body = String)))]
 async fn metrics(extract::State(state): extract::State<State>) -> impl IntoResponse {
     const KIND: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    look_at_histories(&state).await;
     ([(header::CONTENT_TYPE, KIND)], state.engine.metrics_text())
 }
 
 /// All disks.
 #[utoipa::path(get, path = "/v1/disks", tag = "disks", responses((status = 200, body = DiskList)))]
 async fn list_disks(extract::State(state): extract::State<State>) -> Json<DiskList> {
+    look_at_histories(&state).await;
     Json(DiskList { disks: state.engine.disks_status() })
 }
 
@@ -162,7 +173,13 @@ async fn add_disk(
 #[utoipa::path(get, path = "/v1/disks/{name}", tag = "disks", params(("name" = String, Path, description = "The disk")),
     responses((status = 200, body = DiskStatus), (status = 404, body = ErrorBody)))]
 async fn show_disk(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<Json<DiskStatus>> {
+    look_at_histories(&state).await;
     Ok(Json(state.engine.disk(&name)?))
+}
+
+/// Has the present facts of histories in what is told of disks; a thread that does not answer is not waited for.
+async fn look_at_histories(state: &State) {
+    let _ = tokio::time::timeout(HISTORIES_LIMIT, state.engine.look_at_histories()).await;
 }
 
 /// Closes a disk and forgets it; its image is left.
@@ -323,17 +340,17 @@ async fn cancel_job(extract::State(state): extract::State<State>, Part(id): Part
 }
 
 /// Runs a change to its end even if the client goes away in its middle.
-async fn uninterrupted<T: Send + 'static>(
+pub(super) async fn uninterrupted<T: Send + 'static>(
     change: impl Future<Output = Result<T, EngineError>> + Send + 'static,
 ) -> Result<T, EngineError> {
     tokio::spawn(change).await.unwrap_or(Err(EngineError::ThreadGone))
 }
 
-fn body<T>(body: Result<Json<T>, JsonRejection>) -> Result<T, EngineError> {
+pub(super) fn body<T>(body: Result<Json<T>, JsonRejection>) -> Result<T, EngineError> {
     body.map(|Json(body)| body).map_err(|e| EngineError::Invalid(lower(&e.body_text())))
 }
 
-fn query<T>(query: Result<extract::Query<T>, QueryRejection>) -> Result<T, EngineError> {
+pub(super) fn query<T>(query: Result<extract::Query<T>, QueryRejection>) -> Result<T, EngineError> {
     query.map(|extract::Query(query)| query).map_err(|e| EngineError::Invalid(lower(&e.body_text())))
 }
 
@@ -362,6 +379,12 @@ mod tests {
             "/v1/disks/{name}/chain",
             "/v1/disks/{name}/open",
             "/v1/disks/{name}/resize",
+            "/v1/marks",
+            "/v1/disks/{name}/history",
+            "/v1/disks/{name}/history/trust",
+            "/v1/disks/{name}/marks",
+            "/v1/disks/{name}/marks/{mark}",
+            "/v1/disks/{name}/changes",
             "/v1/jobs",
             "/v1/jobs/{id}",
             "/v1/jobs/{id}/cancel",
@@ -371,7 +394,9 @@ mod tests {
                 assert!(operation["responses"]["default"].is_object(), "{method} {path} has no description of errors");
             }
         }
-        for schema in ["DiskSpec", "DiskStatus", "ErrorBody", "ExportSpec", "ImageInfo", "JobKind", "MapEntry"] {
+        for schema in
+            ["DiskSpec", "DiskStatus", "ErrorBody", "ExportSpec", "ImageInfo", "JobKind", "MapEntry", "MarkSpec"]
+        {
             assert!(document["components"]["schemas"][schema].is_object(), "{schema} is not described");
         }
         assert!(document["components"]["schemas"]["BTreeMap"].is_null(), "a type of the language has slipped in");

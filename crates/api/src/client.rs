@@ -2,10 +2,10 @@
 
 use crate::types::{
     ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, MarkList, ResizeRequest,
-    VersionInfo,
+    VersionInfo, ViewList,
 };
-use engine::history::MarkSpec;
 use engine::history::report::{ChangesReport, HistoryReport, MarkReport};
+use engine::history::{MarkSpec, ViewReport};
 use engine::images::report::ImageInfo;
 use engine::{DiskSpec, DiskStatus, Event, ExportSpec, ExportStatus, JobKind, JobStatus};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
@@ -175,6 +175,17 @@ impl Client {
     /// A disk's history, as it is now.
     pub async fn history(&self, disk: &str) -> Result<HistoryReport> {
         self.get(&disk_path(disk, "/history")).await
+    }
+
+    /// All views.
+    pub async fn views(&self) -> Result<Vec<ViewReport>> {
+        let ViewList { views } = self.get("/v1/views").await?;
+        Ok(views)
+    }
+
+    /// Closes a view and forgets what it has saved.
+    pub async fn close_view(&self, name: &str) -> Result<()> {
+        self.done(self.request(Method::DELETE, &format!("/v1/views/{}", percent(name)))).await
     }
 
     /// A disk's marks, oldest first.

@@ -10,7 +10,7 @@ pub use client::{Client, ClientError, EventStream};
 pub use engine::history::report::{
     ChangedRange, ChangesReport, HistoryReport, KindOfChange, MarkConsistency, MarkReport,
 };
-pub use engine::history::{FreezeSpec, MarkSpec};
+pub use engine::history::{FreezeSpec, MarkSpec, ViewReport, ViewSpec};
 pub use engine::images::report::{
     BitmapInfo, CheckReport, CompareReport, ConvertReport, FormatSpecific, ImageInfo, MapEntry, MeasureReport,
     Qcow2Info, SnapshotInfo,
@@ -21,5 +21,5 @@ pub use engine::{
 };
 pub use types::{
     ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, MarkList, ResizeRequest,
-    VersionInfo, default_socket, runtime_directory, socket_to_try,
+    VersionInfo, ViewList, default_socket, runtime_directory, socket_to_try,
 };

@@ -1,5 +1,6 @@
 //! Bodies and queries that only HTTP has.
 
+use engine::history::ViewReport;
 use engine::history::report::MarkReport;
 use engine::images::report::{ImageInfo, MapEntry};
 use engine::images::request::PreallocationMode;
@@ -134,6 +135,13 @@ pub struct ResizeRequest {
     /// How much to set aside when it grows.
     #[serde(default)]
     pub preallocation: PreallocationMode,
+}
+
+/// All views.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ViewList {
+    /// The views, by name.
+    pub views: Vec<ViewReport>,
 }
 
 /// Where sockets of a daemon live that belongs to no user's session.

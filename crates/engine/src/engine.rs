@@ -1,9 +1,10 @@
 //! The engine: disks by name, each with its home thread and its exports.
 
 use crate::exports::{DefaultSocket, OpenExport, Servers};
-use crate::history::MarkSpec;
 use crate::history::marking::{self, Member};
 use crate::history::report::{ChangesReport, HistoryReport, MarkReport};
+use crate::history::views::{self, OpenView};
+use crate::history::{MarkSpec, ViewReport};
 use crate::home::{DiskId, Home};
 use crate::images::live::LiveDisk;
 use crate::images::report::{ImageInfo, MapEntry};
@@ -109,6 +110,7 @@ pub struct Engine {
     servers: Servers,
     subscribers: Mutex<Vec<mpsc::Sender<Event>>>,
     jobs: Jobs,
+    views: Mutex<BTreeMap<String, OpenView>>,
 }
 
 impl Engine {
@@ -135,6 +137,7 @@ impl Engine {
             next_id: AtomicU64::new(1),
             servers: Servers::new(DefaultSocket { path: config.nbd_socket, access: config.nbd_socket_access }),
             subscribers: Mutex::default(),
+            views: Mutex::default(),
             jobs,
         });
         // All are listed before the first is opened, so that a change of the catalogue meanwhile keeps them.
@@ -255,7 +258,7 @@ impl Engine {
     }
 
     async fn open_export(&self, disk: &str, spec: &ExportSpec, home: &Home) -> Result<OpenExport, EngineError> {
-        self.servers.open(&self.threads, disk, spec, home).await
+        self.servers.open(&self.threads, disk, spec, &home.served()).await
     }
 
     /// Opens a disk and its exports, and enters it into the catalogue. All or nothing.
@@ -428,6 +431,7 @@ impl Engine {
             };
             (home, std::mem::take(&mut entry.exports))
         };
+        self.close_views_of(Some(name)).await;
         self.servers.close_all(exports).await;
         let closed = match home {
             Some(home) => home.close().await,
@@ -606,9 +610,24 @@ impl Engine {
         }
         let members = names
             .into_iter()
-            .map(|name| Ok(Member { home: self.home(&name)?.0, name }))
+            .map(|name| {
+                let view = spec.view.as_ref().map(|_| self.new_id());
+                Ok(Member { home: self.home(&name)?.0, name, view })
+            })
             .collect::<Result<Vec<Member>, EngineError>>()?;
-        let marks = marking::mark(members, spec.name, spec.freeze).await?;
+        let opening: Vec<OpenView> = members
+            .iter()
+            .filter_map(|member| {
+                let home = Home { thread: member.home.thread.clone(), id: member.view? };
+                let (disk, mark) = (member.name.clone(), spec.name.clone());
+                Some(OpenView { disk, mark, home, exports: Vec::new() })
+            })
+            .collect();
+        let ids: Vec<DiskId> = members.iter().map(|member| member.home.id).collect();
+        let marks = marking::mark(members, spec.name, spec.view, spec.freeze).await?;
+        for (view, disk) in opening.into_iter().zip(ids) {
+            self.export_view(view, disk).await;
+        }
         for mark in &marks {
             self.look_at_history(&mark.disk).await;
             self.tell(Event::MarkAdded { disk: mark.disk.clone(), mark: mark.name.clone() });
@@ -632,6 +651,80 @@ impl Engine {
     pub async fn look_at_histories(&self) {
         let names: Vec<String> = self.disks().keys().cloned().collect();
         futures_util::future::join_all(names.iter().map(|name| self.look_at_history(name))).await;
+    }
+
+    fn new_id(&self) -> DiskId {
+        DiskId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Opens the exports of a view: those of its disk, with the mark's name behind theirs.
+    async fn export_view(&self, mut view: OpenView, disk: DiskId) {
+        let specs = self.disks().get(&view.disk).map(|entry| entry.spec.exports.clone()).unwrap_or_default();
+        let specs = if specs.is_empty() { vec![ExportSpec::default()] } else { specs };
+        for spec in specs {
+            let name = format!("{}@{}", spec.name_for(&view.disk), view.mark);
+            let spec = ExportSpec { name: Some(name), read_only: true, ..spec };
+            let served = views::served(&view.home, disk, &view.mark);
+            match self.servers.open(&self.threads, &view.disk, &spec, &served).await {
+                Ok(export) => view.exports.push(export),
+                Err(e) => {
+                    tracing::warn!(
+                        view = view.name(),
+                        error = chain_text(&e),
+                        "an export of a view could not be opened"
+                    );
+                    view.exports.push(OpenExport::failed(&view.disk, &spec, chain_text(&e)));
+                }
+            }
+        }
+        self.views().insert(view.name(), view);
+    }
+
+    fn views(&self) -> MutexGuard<'_, BTreeMap<String, OpenView>> {
+        self.views.lock().expect("no panic while the list is locked")
+    }
+
+    /// All views.
+    pub async fn views_status(&self) -> Vec<ViewReport> {
+        let known: Vec<(String, String, String, Home, Vec<String>)> = self
+            .views()
+            .values()
+            .map(|view| (view.name(), view.disk.clone(), view.mark.clone(), view.home.clone(), view.uris()))
+            .collect();
+        let mut reports = Vec::new();
+        for (name, disk, mark, home, uris) in known {
+            let id = home.id;
+            let found = home.thread.spawn(move || async move { views::look(id) }).await.ok().flatten();
+            let (stored, limit, ended) = found.unwrap_or((0, 0, Some("it was closed".to_owned())));
+            reports.push(ViewReport { name, disk, mark, uris, stored, limit, ended });
+        }
+        reports
+    }
+
+    /// Closes a view and forgets what it has saved; the mark stays.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchView`].
+    pub async fn close_view(&self, name: &str) -> Result<(), EngineError> {
+        let view = self.views().remove(name).ok_or_else(|| EngineError::NoSuchView(name.to_owned()))?;
+        self.servers.close_all(view.exports).await;
+        let id = view.home.id;
+        let forgotten = view.home.thread.spawn(move || async move { views::forget(id) }).await;
+        forgotten.map_err(|_| EngineError::ThreadGone)?;
+        self.tell(Event::ViewClosed { view: name.to_owned() });
+        Ok(())
+    }
+
+    async fn close_views_of(&self, disk: Option<&str>) {
+        let names: Vec<String> = {
+            let views = self.views();
+            views.values().filter(|view| disk.is_none_or(|disk| view.disk == disk)).map(OpenView::name).collect()
+        };
+        for name in names {
+            if let Err(e) = self.close_view(&name).await {
+                tracing::warn!(view = name, error = chain_text(&e), "closing a view");
+            }
+        }
     }
 
     /// A disk's history as it is now.
@@ -857,6 +950,7 @@ impl Engine {
     /// When a disk could not be flushed and closed; all others are closed all the same.
     pub async fn shut_down(&self) -> Result<(), EngineError> {
         self.end_jobs().await;
+        self.close_views_of(None).await;
         let entries: Vec<(String, Option<Home>, Vec<OpenExport>)> = self
             .disks()
             .iter_mut()

@@ -226,6 +226,9 @@ pub enum EngineError {
         /// Why.
         reason: String,
     },
+    /// No view of that name.
+    #[error("there is no view {0:?}; `highwater views list` shows all")]
+    NoSuchView(String),
     /// A history cannot do what it was asked for.
     #[error("history {}: {source}", file.display())]
     History {
@@ -317,9 +320,11 @@ impl EngineError {
     /// Which class it belongs to.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::NoSuchDisk(_) | Self::NoSuchExport { .. } | Self::NoSuchJob(_) | Self::NoSuchPath => {
-                ErrorClass::NotFound
-            }
+            Self::NoSuchDisk(_)
+            | Self::NoSuchView(_)
+            | Self::NoSuchExport { .. }
+            | Self::NoSuchJob(_)
+            | Self::NoSuchPath => ErrorClass::NotFound,
             Self::DiskExists(_)
             | Self::Busy { .. }
             | Self::NotOpen { .. }

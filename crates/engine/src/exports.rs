@@ -2,11 +2,12 @@
 //!
 //! Exports of different disks share an address; it is opened with its first export and closed with its last.
 
-use crate::home::Home;
-use crate::{EngineError, ExportSpec, ExportStatus, SocketAccess, TlsSpec, history};
+use crate::{EngineError, ExportSpec, ExportStatus, SocketAccess, TlsSpec};
 use async_lock::Mutex;
-use dataplane::IoThreads;
-use export_nbd::{Drained, Export, ExportError, ExportStats, Server, ServerConfig, Tls, TlsIdentity};
+use dataplane::{IoThread, IoThreads};
+use export_nbd::{
+    ContextSource, DiskSource, Drained, Export, ExportError, ExportStats, Server, ServerConfig, Tls, TlsIdentity,
+};
 use futures_util::future::join_all;
 use std::collections::HashMap;
 use std::fmt;
@@ -62,6 +63,13 @@ pub(crate) struct DefaultSocket {
     pub(crate) access: SocketAccess,
 }
 
+/// What an export shows, and where it lives.
+pub(crate) struct Served {
+    pub(crate) thread: IoThread,
+    pub(crate) disk: DiskSource,
+    pub(crate) contexts: ContextSource,
+}
+
 /// An export that is open, or could not be opened.
 pub(crate) struct OpenExport {
     pub(crate) status: ExportStatus,
@@ -90,7 +98,7 @@ impl Servers {
         threads: &IoThreads,
         disk: &str,
         spec: &ExportSpec,
-        home: &Home,
+        served: &Served,
     ) -> Result<OpenExport, EngineError> {
         let name = spec.name_for(disk).to_owned();
         let mut endpoints: Vec<(Endpoint, Option<&str>)> = Vec::new();
@@ -113,7 +121,7 @@ impl Servers {
             endpoints: Vec::new(),
         };
         for (endpoint, listen) in endpoints {
-            let result = self.open_on(threads, &endpoint, access, spec, &name, home, &open.stats).await;
+            let result = self.open_on(threads, &endpoint, access, spec, &name, served, &open.stats).await;
             match result {
                 Ok(bound) => {
                     open.status.uris.push(uri(&bound, &name, spec.tls.is_some(), listen));
@@ -136,7 +144,7 @@ impl Servers {
         access: SocketAccess,
         spec: &ExportSpec,
         name: &str,
-        home: &Home,
+        served: &Served,
         stats: &Arc<ExportStats>,
     ) -> Result<Endpoint, EngineError> {
         let mut servers = self.listening.lock().await;
@@ -166,8 +174,8 @@ impl Servers {
         let export = Export {
             read_only: spec.read_only,
             stats: Arc::clone(stats),
-            contexts: history::contexts::of_disk(home.id),
-            ..Export::new(name, home.thread.clone(), home.disk_source())
+            contexts: Arc::clone(&served.contexts),
+            ..Export::new(name, served.thread.clone(), Arc::clone(&served.disk))
         };
         let added = server.add_export(export);
         if added.is_err() && server.exports().is_empty() {

@@ -4,6 +4,8 @@
 //! under the id that the engine gave it. Other threads reach it by sending a task there.
 
 use crate::EngineError;
+use crate::exports::Served;
+use crate::history::contexts;
 use crate::images::stack::Stack;
 use dataplane::IoThread;
 use disk::{DiskError, ErrorKind, Operation};
@@ -78,8 +80,14 @@ impl Home {
             .map_err(|_| EngineError::ThreadGone)?
     }
 
+    /// What an export of the disk shows.
+    pub(crate) fn served(&self) -> Served {
+        let contexts = contexts::of_disk(self.id);
+        Served { thread: self.thread.clone(), disk: self.disk_source(), contexts }
+    }
+
     /// The way to the disk for somebody who is on its thread.
-    pub(crate) fn disk_source(&self) -> DiskSource {
+    fn disk_source(&self) -> DiskSource {
         let id = self.id;
         Arc::new(move || DISKS.with_borrow(|disks| disks.get(&id).map(|stack| stack.disk().clone())))
     }

@@ -122,6 +122,11 @@ pub enum Event {
         /// Which.
         mark: String,
     },
+    /// A view of a disk at a mark was closed.
+    ViewClosed {
+        /// Which: the disk's and the mark's names with `@` between.
+        view: String,
+    },
     /// An export was opened.
     ExportAdded {
         /// Of which disk.

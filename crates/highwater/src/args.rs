@@ -73,6 +73,9 @@ pub(crate) enum Verb {
     /// Work with the marks of a disk
     #[command(subcommand)]
     Marks(MarksVerb),
+    /// Work with views: disks as they were at a mark, while their guests write on
+    #[command(subcommand)]
+    Views(ViewsVerb),
     /// Show what changed on a disk since a mark
     Changes(ChangesArgs),
     /// Work with the daemon's disks
@@ -369,6 +372,27 @@ pub(crate) struct MarkArgs {
     /// Milliseconds that the guest may be frozen [default: 10000]
     #[arg(long, value_name = "MS", requires = "freeze")]
     pub(crate) freeze_limit: Option<u64>,
+    /// Export the disks as they are at this instant, read-only, until `views close`
+    #[arg(long)]
+    pub(crate) view: bool,
+    /// The most that a view's old content may take; when the guest changes more, the view ends [default: a tenth of
+    /// the disk]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "view")]
+    pub(crate) view_limit: Option<u64>,
+    /// Where the old content goes [default: beside the image]
+    #[arg(long, value_name = "DIR", requires = "view")]
+    pub(crate) view_directory: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ViewsVerb {
+    /// Show all views
+    List,
+    /// Close a view and forget what it has saved; its mark stays
+    Close {
+        /// The view: the disk's and the mark's names with @ between
+        view: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

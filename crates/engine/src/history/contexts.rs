@@ -27,6 +27,8 @@ enum Words {
 struct Changes {
     name: String,
     mark: String,
+    /// Up to this mark instead of now.
+    until: Option<String>,
     words: Words,
     disk: DiskId,
 }
@@ -36,7 +38,7 @@ impl Changes {
         let stack = stack_here(self.disk).ok_or("the disk is closed")?;
         let kept = stack.kept().map_err(|e| e.to_string())?;
         let history = kept.history();
-        let query = history.changes(&self.mark, None).map_err(|e| e.to_string())?;
+        let query = history.changes(&self.mark, self.until.as_deref()).map_err(|e| e.to_string())?;
         let query = query.up_to(range.end());
         let span = history.next_changes(&query, range.offset(), 1).await.map_err(|e| e.to_string())?;
         let looked_at = span.next.unwrap_or(range.end());
@@ -78,14 +80,29 @@ impl MetaContext for Changes {
 
 /// The contexts of all marks of a disk that can be trusted.
 pub(crate) fn of_disk(disk: DiskId) -> ContextSource {
+    source(disk, None)
+}
+
+/// The contexts of a view of a disk: of that mark and all older ones, up to the view's instant.
+pub(crate) fn of_view(disk: DiskId, mark: &str) -> ContextSource {
+    source(disk, Some(mark.to_owned()))
+}
+
+fn source(disk: DiskId, until: Option<String>) -> ContextSource {
     Arc::new(move || {
         let Some(stack) = stack_here(disk) else { return Vec::new() };
         let Ok(kept) = stack.kept() else { return Vec::new() };
         let mut contexts: Vec<Arc<dyn MetaContext>> = Vec::new();
-        for point in kept.history().points().into_iter().filter(|point| point.refused.is_none()) {
+        let points = kept.history().points();
+        let last = match &until {
+            None => u32::MAX,
+            Some(mark) => points.iter().find(|point| point.name == *mark).map_or(0, |point| point.epoch),
+        };
+        for point in points.into_iter().filter(|point| point.refused.is_none() && point.epoch <= last) {
             for (prefix, words) in [("qemu:dirty-bitmap:", Words::Dirty), ("highwater:changes:", Words::Typed)] {
                 let name = format!("{prefix}{}", point.name);
-                contexts.push(Arc::new(Changes { name, mark: point.name.clone(), words, disk }));
+                let (mark, until) = (point.name.clone(), until.clone());
+                contexts.push(Arc::new(Changes { name, mark, until, words, disk }));
             }
         }
         contexts

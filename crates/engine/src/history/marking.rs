@@ -1,10 +1,12 @@
 //! Taking marks: several disks at one instant, guests frozen if that is wanted.
 
 use super::report::MarkReport;
+use super::views::{self, ViewSpec};
 use crate::EngineError;
 use crate::guest_agent::{FreezeLimits, GuestAgent};
-use crate::home::Home;
+use crate::home::{DiskId, Home};
 use crate::images::stack::Stack;
+use disk::StorageHandle;
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -35,6 +37,9 @@ pub struct MarkSpec {
     pub disks: Vec<String>,
     /// The mark's name: 1 to 255 bytes without control characters.
     pub name: String,
+    /// Whether the disks can be read as they were at the mark, until their views are closed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub view: Option<ViewSpec>,
     /// The guest to freeze.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze: Option<FreezeSpec>,
@@ -76,8 +81,11 @@ impl Stack {
     }
 
     /// Ends the epoch, and lets the guest go on.
-    pub(crate) fn cut(&self, new: NewPoint) {
+    pub(crate) fn cut(&self, new: NewPoint, view: Option<(DiskId, StorageHandle, u64)>) {
         let held = self.holding.borrow_mut().take();
+        if let (Some(held), Some((id, store, limit))) = (&held, view) {
+            views::keep(id, held.view(store, limit));
+        }
         *self.uncommitted.borrow_mut() = held.map(|held| held.cut(new));
     }
 
@@ -100,6 +108,8 @@ impl Stack {
 pub(crate) struct Member {
     pub(crate) name: String,
     pub(crate) home: Home,
+    /// The number of the view that is to be made.
+    pub(crate) view: Option<DiskId>,
 }
 
 /// Takes a mark of all these disks at one instant.
@@ -108,6 +118,45 @@ pub(crate) struct Member {
 pub(crate) async fn mark(
     members: Vec<Member>,
     name: String,
+    view: Option<ViewSpec>,
+    freeze: Option<FreezeSpec>,
+) -> Result<Vec<MarkReport>, EngineError> {
+    let stores = match &view {
+        None => Vec::new(),
+        Some(spec) => make_stores(&members, spec).await?,
+    };
+    let marked = mark_members(&members, name, stores, freeze).await;
+    if marked.is_err() {
+        forget_views(&members).await;
+    }
+    marked
+}
+
+/// Files for the old bytes, made before anybody is held.
+async fn make_stores(members: &[Member], spec: &ViewSpec) -> Result<Vec<Option<(StorageHandle, u64)>>, EngineError> {
+    let made = members.iter().map(|member| {
+        let spec = spec.clone();
+        member.home.with(move |stack| async move {
+            views::store(&spec, stack.image(), stack.disk().geometry().size).await.map(Some)
+        })
+    });
+    join_all(made).await.into_iter().collect()
+}
+
+async fn forget_views(members: &[Member]) {
+    join_all(members.iter().filter_map(|member| Some((member, member.view?))).map(|(member, id)| {
+        member.home.with(move |_| async move {
+            views::forget(id);
+            Ok(())
+        })
+    }))
+    .await;
+}
+
+async fn mark_members(
+    members: &[Member],
+    name: String,
+    stores: Vec<Option<(StorageHandle, u64)>>,
     freeze: Option<FreezeSpec>,
 ) -> Result<Vec<MarkReport>, EngineError> {
     let frozen = match freeze {
@@ -128,10 +177,13 @@ pub(crate) async fn mark(
     let held: Result<Vec<()>, EngineError> = held.into_iter().collect();
     if held.is_ok() {
         let set = random_id();
+        let mut stores = stores.into_iter();
         let cuts = join_all(members.iter().map(|member| {
             let new = NewPoint { name: name.clone(), set };
+            let store = stores.next().flatten();
+            let view = member.view.zip(store).map(|(id, (store, limit))| (id, store, limit));
             member.home.with(move |stack| async move {
-                stack.cut(new);
+                stack.cut(new, view);
                 Ok(())
             })
         }))
@@ -149,7 +201,7 @@ pub(crate) async fn mark(
     let consistency = match held.and(consistency) {
         Ok(consistency) => consistency,
         Err(error) => {
-            release(&members).await;
+            release(members).await;
             return Err(error);
         }
     };
@@ -161,7 +213,7 @@ pub(crate) async fn mark(
     let failed = committed.iter().any(Result::is_err);
     let mut reports = Vec::new();
     let mut failure = None;
-    for (report, member) in committed.into_iter().zip(&members) {
+    for (report, member) in committed.into_iter().zip(members) {
         match report {
             // A part of an instant is no instant.
             Ok(report) if failed => {

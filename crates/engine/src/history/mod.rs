@@ -15,9 +15,11 @@ pub(crate) mod questions;
 pub mod report;
 mod sidecar;
 mod spec;
+pub(crate) mod views;
 
 pub use marking::{FreezeSpec, MarkSpec};
 pub use offline::{HistorySource, refuse_freeze};
 pub use sidecar::sidecar_of;
 pub(crate) use sidecar::{HistoryRequest, Kept, open};
 pub use spec::{HistoryMode, HistorySpec};
+pub use views::{ViewReport, ViewSpec};

@@ -204,7 +204,7 @@ async fn mark_all(stacks: &[(String, Rc<Stack>)], name: &str) -> Result<Vec<Mark
     }
     let set = random_id();
     for (_, stack) in stacks {
-        stack.cut(NewPoint { name: name.to_owned(), set });
+        stack.cut(NewPoint { name: name.to_owned(), set }, None);
     }
     let mut marks = Vec::new();
     for (disk, stack) in stacks {

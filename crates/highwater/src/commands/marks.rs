@@ -7,7 +7,7 @@ use crate::exit::{self, Failure};
 use crate::output;
 use crate::size::human;
 use anyhow::anyhow;
-use api::{FreezeSpec, HistoryReport, MarkConsistency, MarkList, MarkReport, MarkSpec};
+use api::{FreezeSpec, HistoryReport, MarkConsistency, MarkList, MarkReport, MarkSpec, ViewSpec};
 use engine::history::refuse_freeze;
 use serde_json::json;
 use std::path::Path;
@@ -23,13 +23,26 @@ pub(crate) async fn mark(global: &Global, args: MarkArgs) -> Outcome {
         None => None,
         Some(socket) => Some(FreezeSpec { socket: target::absolute(&socket)?, limit_ms: args.freeze_limit }),
     };
+    let view = match args.view {
+        false => None,
+        true => Some(ViewSpec {
+            limit: args.view_limit,
+            directory: args.view_directory.as_deref().map(target::absolute).transpose()?,
+        }),
+    };
     let marks = match target::find_all(global, disks).await? {
         Group::Daemon(client, disks) => {
             target::refuse_file_options(&disks[0], &target::history_options(&args.of))?;
-            client.mark(&MarkSpec { disks, name, freeze }).await?
+            client.mark(&MarkSpec { disks, name, view, freeze }).await?
         }
         Group::Files(files) => {
             refuse_freeze(freeze.as_ref())?;
+            if view.is_some() {
+                return Err(anyhow!(
+                    "--view is for disks that the daemon serves; an image at rest can be read as it is"
+                )
+                .into());
+            }
             if files.len() > 1 && args.of.history_file.is_some() {
                 return Err(
                     anyhow!("--history-file names the history of one file, but there are {}", files.len()).into()

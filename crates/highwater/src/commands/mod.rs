@@ -18,6 +18,7 @@ mod resize;
 mod serve;
 mod status;
 mod target;
+mod views;
 
 use crate::args::{Cli, Verb};
 use crate::exit::{self, Failure};
@@ -54,6 +55,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Daemon(args) => daemon::run(&global, args).await,
             Verb::Mark(args) => marks::mark(&global, args).await,
             Verb::Marks(verb) => marks::run(&global, verb).await,
+            Verb::Views(verb) => views::run(&global, verb).await,
             Verb::Changes(args) => changes::run(&global, args).await,
             Verb::Disk(verb) => disks::run(&global, verb).await,
             Verb::Job(verb) => jobs::run(&global, verb).await,

@@ -4,6 +4,7 @@ mod events;
 mod histories;
 mod routes;
 mod socket;
+mod views;
 
 pub(crate) use socket::{ApiSocket, make_private_directory};
 

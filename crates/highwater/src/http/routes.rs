@@ -1,6 +1,6 @@
 //! One function per path and method.
 
-use super::{Refusal, State, events, histories};
+use super::{Refusal, State, events, histories, views};
 use api::{
     DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain, ImageInfo, JobKind,
     JobList, JobStatus, MapQuery, MapReply, ResizeRequest, VersionInfo,
@@ -104,6 +104,8 @@ fn described() -> (Router<State>, utoipa::openapi::OpenApi) {
         .routes(routes!(histories::list_marks))
         .routes(routes!(histories::show_mark, histories::delete_mark))
         .routes(routes!(histories::changes))
+        .routes(routes!(views::list_views))
+        .routes(routes!(views::close_view))
         .routes(routes!(list_jobs, start_job))
         .routes(routes!(show_job, forget_job))
         .routes(routes!(cancel_job))

@@ -35,9 +35,8 @@ impl History {
         change: impl FnOnce(&mut Superblock),
     ) -> Result<(), HistoryError> {
         let _one = self.checkpointing.lock().await;
-        if let Some(reason) = self.stopped.borrow().clone() {
-            return Err(HistoryError::Stopped { reason });
-        }
+        self.go_on_giving_up().await?;
+        self.refuse_if_stopped()?;
         // Looked at under the lock, so that no edit is lost.
         let points = points.map(|edit| {
             let mut points = self.state.borrow().points.clone();

@@ -91,6 +91,9 @@ pub struct History {
     /// The image was written to since the last sign of life.
     pub(crate) wrote: Cell<bool>,
     pub(crate) stopped: RefCell<Option<String>>,
+    /// Why tracking is to stop, from the moment that this is decided: nothing is recorded any more, and nobody may write
+    /// before the sidecar says so.
+    pub(crate) giving_up: RefCell<Option<String>>,
     /// Flushes of the image are not waited for.
     pub(crate) flushes_void: Cell<bool>,
 }
@@ -236,6 +239,7 @@ impl History {
             tending_ends: Cell::new(false),
             wrote: Cell::new(false),
             stopped: RefCell::default(),
+            giving_up: RefCell::default(),
             flushes_void: Cell::new(false),
         }
     }

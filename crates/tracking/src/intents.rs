@@ -7,7 +7,7 @@ use crate::epoch_marks::Run;
 use crate::history::{History, Known};
 use crate::journal_block::{ENTRIES, JournalBlock};
 use crate::layout::{self, JOURNAL_BLOCKS};
-use crate::superblock::State;
+use crate::superblock::{State, Superblock};
 use crate::{ChangeKind, HistoryError};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation};
 
@@ -182,6 +182,10 @@ impl History {
     ///
     /// Crash: a block that is torn or missing ends the journal. Nobody has written to the image yet who waits for it.
     async fn commit_queue(&self) -> Result<(), DiskError> {
+        self.go_on_giving_up().await?;
+        if self.is_stopped() {
+            return Ok(());
+        }
         let (runs, ticket) = {
             let mut known = self.state.borrow_mut();
             (std::mem::take(&mut known.queue), known.tickets)
@@ -252,13 +256,18 @@ impl History {
             return Ok(());
         }
         tracing::error!(history = self.storage.name(), reason, "tracking stops; older points are lost");
-        let told = reason.to_owned();
-        let marked = self
-            .write_superblock(|superblock| {
-                superblock.state = State::Lost;
-                superblock.reason = told;
-            })
-            .await;
+        let reason = self.giving_up.borrow_mut().get_or_insert_with(|| reason.to_owned()).clone();
+        let lost = |superblock: &mut Superblock| {
+            superblock.state = State::Lost;
+            superblock.reason.clone_from(&reason);
+        };
+        let marked = self.put_superblock(false, lost).await;
+        if marked.is_ok()
+            && let Err(error) = self.put_superblock(false, lost).await
+        {
+            // Both slots are to say so, lest one that goes bad brings the history back; one is enough to go on.
+            tracing::warn!(history = self.storage.name(), %error, "the history is marked as lost in one place only");
+        }
         if let Err(error) = marked {
             tracing::error!(history = self.storage.name(), %error, "the history cannot be marked as lost");
             self.host.remove_sidecar().await.map_err(|error| {
@@ -268,23 +277,42 @@ impl History {
                     .caused_by(error)
             })?;
         }
-        *self.stopped.borrow_mut() = Some(reason.to_owned());
+        *self.stopped.borrow_mut() = Some(reason.clone());
         let since = self.host.now();
         for point in &mut self.state.borrow_mut().points {
-            point.refused.get_or_insert_with(|| crate::Refusal { reason: reason.to_owned(), since });
+            point.refused.get_or_insert_with(|| crate::Refusal { reason: reason.clone(), since });
         }
         self.changed.notify(usize::MAX);
         Ok(())
     }
 
+    /// Tries again to give up, if that was decided and could not be done.
+    ///
+    /// # Errors
+    /// As [`History::stop`].
+    pub(crate) async fn go_on_giving_up(&self) -> Result<(), DiskError> {
+        let reason = self.giving_up.borrow().clone();
+        match reason {
+            Some(reason) => self.stop(&reason).await,
+            None => Ok(()),
+        }
+    }
+
     /// Writes the superblock into the slot that does not count.
     ///
     /// Crash: a torn slot has no valid checksum, and the other one, with the lower sequence, counts.
-    pub(crate) async fn write_superblock(
-        &self,
-        change: impl FnOnce(&mut crate::superblock::Superblock),
-    ) -> Result<(), HistoryError> {
+    ///
+    /// # Errors
+    /// When it cannot be written, or tracking stops meanwhile: that a history is lost is never overwritten.
+    pub(crate) async fn write_superblock(&self, change: impl FnOnce(&mut Superblock)) -> Result<(), HistoryError> {
+        self.put_superblock(true, change).await
+    }
+
+    async fn put_superblock(&self, kept: bool, change: impl FnOnce(&mut Superblock)) -> Result<(), HistoryError> {
         let _one = self.superblock_lock.lock().await;
+        if kept && let Some(reason) = self.giving_up.borrow().clone() {
+            return Err(HistoryError::Stopped { reason });
+        }
         let mut next = self.state.borrow().superblock.clone();
         change(&mut next);
         next.sequence += 1;

@@ -13,10 +13,11 @@ impl History {
     /// Crash: the sidecar names both the mark that the image bears and the one that it gets, so that either is right.
     /// Nothing was written to the image yet.
     pub(crate) async fn wake(&self) -> Result<(), DiskError> {
-        if self.awake.get() || self.is_stopped() {
+        if self.awake.get() && self.giving_up.borrow().is_none() || self.is_stopped() {
             return Ok(());
         }
         let _one = self.waking.lock().await;
+        self.go_on_giving_up().await?;
         if self.awake.get() || self.is_stopped() {
             return Ok(());
         }

@@ -279,7 +279,8 @@ impl History {
     async fn settle(&self, facts: ImageFacts, new_lineage: bool) -> Result<(), HistoryError> {
         let lineage = new_lineage.then(|| self.host.random_id());
         let journal = self.host.random_id();
-        let mark = self.host.mark();
+        let ours = self.state.borrow().superblock.lineage;
+        let mark = self.host.mark().filter(|mark| mark.lineage == ours);
         let boot = self.host.boot().id;
         self.checkpoint_with(Some(Box::new(|_| {})), |superblock| {
             superblock.state = State::Closed;

@@ -21,9 +21,11 @@ impl History {
         if self.awake.get() || self.is_stopped() {
             return Ok(());
         }
-        let (journal, moment, boot) = (self.host.random_id(), self.host.random_id(), self.host.boot().id);
+        let (journal, moment, boot) = (self.host.random_id(), self.next_moment(), self.host.boot().id);
         let flushes_void = self.flushes_void.get();
         let mut lineage = Id::NONE;
+        // A checkpoint that began before would cut the new journal where the old one ended.
+        let table = self.checkpointing.lock().await;
         let announced = self
             .write_superblock(|superblock| {
                 superblock.state = State::InUse;
@@ -39,9 +41,18 @@ impl History {
             return self.stop(&format!("the history could not be opened for writing: {error}")).await;
         }
         self.state.borrow_mut().next_sequence = 0;
+        drop(table);
         self.put_mark(lineage, moment).await?;
         self.awake.set(true);
         Ok(())
+    }
+
+    /// The next mark of the image: the one that the sidecar has named already, if putting it there failed, as it may be
+    /// there nevertheless.
+    fn next_moment(&self) -> Id {
+        let known = self.state.borrow();
+        let named = known.superblock.next_moment;
+        if named.is_none() || named == known.superblock.moment { self.host.random_id() } else { named }
     }
 
     /// Puts the mark into the image, and says in the sidecar which one it bears.
@@ -64,7 +75,7 @@ impl History {
         if !self.awake.get() || self.is_stopped() {
             return Ok(());
         }
-        let moment = self.host.random_id();
+        let moment = self.next_moment();
         let mut lineage = Id::NONE;
         let told = self
             .write_superblock(|superblock| {

@@ -46,7 +46,7 @@ impl<D: Disk> Tracked<D> {
         let geometry = inner.geometry();
         let known = history.state.borrow().superblock.size;
         if known != geometry.size && !geometry.read_only {
-            history.change_size(geometry.size, ChangeKind::Data).await?;
+            history.change_size(known, geometry.size).await?;
         }
         Ok(Self {
             inner,
@@ -80,7 +80,8 @@ impl<D: Disk> Tracked<D> {
 
     /// Changes the size with `resize`, which changes that of the disk below; no other request is under way meanwhile.
     ///
-    /// Crash: what is added counts as changed, durably, before the disk grows. What is cut off is beyond the end.
+    /// Crash: what is added counts as changed, durably, before the disk grows: as `Data`, until a flush. What is cut off
+    /// is beyond the end.
     ///
     /// # Errors
     /// What `resize` reports, and when the sidecar cannot be written.
@@ -95,17 +96,22 @@ impl<D: Disk> Tracked<D> {
             self.preserve(ByteRange::between(size, old)).await;
         }
         self.history.wake().await?;
-        let recorded = async |size, kind| match self.history.change_size(size, kind).await {
+        let recorded = async |size| match self.history.change_size(old, size).await {
             Err(error) if !self.history.is_stopped() => Err(self.history.not_recorded(&error)),
             _ => Ok(()),
         };
         if size > old {
-            recorded(size, ChangeKind::Zero).await?;
+            recorded(size).await?;
         }
         let result = resize(Rc::clone(&self.inner)).await;
+        self.history.wrote.set(true);
         let now = self.inner.geometry().size;
         if now != size.max(old) {
-            recorded(now, ChangeKind::Data).await?;
+            recorded(now).await?;
+        }
+        // What was added is zero for certain when nothing can bring back what a shrink had cut off.
+        if result.is_ok() && now > old && !self.history.is_stopped() && self.inner.flush().await.is_ok() {
+            self.history.settle_growth(old, now);
         }
         result
     }
@@ -216,8 +222,10 @@ impl History {
         }
     }
 
-    /// The disk has, or is about to have, so many bytes. What is added counts as changed; durable on return.
-    pub(crate) async fn change_size(&self, size: u64, added: ChangeKind) -> std::result::Result<(), HistoryError> {
+    /// The disk had `from` bytes and has, or is about to have, `size`. What is added counts as changed; durable on return.
+    ///
+    /// The history may know of more bytes than the disk has, when a shrink could not be recorded.
+    pub(crate) async fn change_size(&self, from: u64, size: u64) -> std::result::Result<(), HistoryError> {
         self.refuse_if_stopped()?;
         if size.div_ceil(1 << self.granule_bits) > crate::layout::MAX_GRANULES {
             let reason = "the disk is larger than what can be tracked; choose a larger granule";
@@ -225,20 +233,31 @@ impl History {
         }
         {
             let mut known = self.state.borrow_mut();
-            let old = known.superblock.size;
+            let known = &mut *known;
+            let old = known.superblock.size.min(from);
             known.grow(size);
             if size > old {
                 let granule = 1u64 << self.granule_bits;
                 let (first_whole, end) = (old.div_ceil(granule), size.div_ceil(granule));
                 known.ahead.clear();
                 if first_whole * granule > old {
-                    known.current.set_run(first_whole - 1, first_whole, Run::Kind(ChangeKind::Data));
+                    // Within the present disk, so that it may be written to even if the table cannot be written now.
+                    known.tickets += 1;
+                    known.current.set_run(first_whole - 1, first_whole, Run::Intended(known.tickets));
+                    known.queue.push((first_whole - 1, first_whole));
                 }
                 if first_whole < end {
-                    known.current.set_run(first_whole, end, Run::Kind(added));
+                    known.current.set_run(first_whole, end, Run::Kind(ChangeKind::Data));
                 }
             }
         }
         self.checkpoint_with(None, |superblock| superblock.size = size).await
+    }
+
+    /// What a growth has added reads as zero, durably; nobody has written to it yet.
+    fn settle_growth(&self, old: u64, size: u64) {
+        let granule = 1u64 << self.granule_bits;
+        let mut known = self.state.borrow_mut();
+        known.current.set_run(old.div_ceil(granule), size.div_ceil(granule), Run::Kind(ChangeKind::Zero));
     }
 }

@@ -104,13 +104,23 @@ impl<D: Disk> Tracked<D> {
                 }
             }
         }
+        if flags.fua && kind == ChangeKind::Zero {
+            // Durable is what this request has zeroed. What stands beside it in the same granules may be zero by another
+            // one's work, and so may what a discard has left as it was.
+            let first = range.offset().div_ceil(1 << self.history.granule_bits);
+            let at_end = range.end() == self.inner.geometry().size;
+            let end = if at_end { end } else { range.end() >> self.history.granule_bits };
+            let durable: Vec<_> = parts
+                .iter()
+                .map(|(from, to, kind)| ((*from).max(first), (*to).min(end), *kind))
+                .filter(|(from, to, _)| from < to)
+                .collect();
+            self.settle(vec![Settled { number, parts: durable }]);
+        }
         if parts.is_empty() {
             return;
         }
         let settled = Settled { number, parts };
-        if flags.fua {
-            return self.settle(vec![settled]);
-        }
         let mut waiting = self.settled.borrow_mut();
         if waiting.len() < WAITING {
             waiting.push(settled);

@@ -165,7 +165,11 @@ impl<D: Disk> Disk for Tracked<D> {
 
     async fn flush(&self) -> Result<()> {
         let settled = std::mem::take(&mut *self.settled.borrow_mut());
-        self.inner.flush().await?;
+        // An image may write what it has kept in memory.
+        self.history.wrote.set(true);
+        let flushed = self.inner.flush().await;
+        self.history.wrote.set(true);
+        flushed?;
         self.settle(settled);
         Ok(())
     }

@@ -14,6 +14,7 @@ pub(super) struct Request<'a> {
     under_way: &'a RefCell<UnderWay>,
     held: &'a Cell<bool>,
     moved: &'a Event,
+    wrote: &'a Cell<bool>,
     key: usize,
 }
 
@@ -27,6 +28,7 @@ impl Drop for Request<'_> {
     fn drop(&mut self) {
         let mut under_way = self.under_way.borrow_mut();
         under_way.remove(self.key);
+        self.wrote.set(true); // A sign of life may have passed since it began.
         if self.held.get() && under_way.is_empty() {
             self.moved.notify(usize::MAX);
         }
@@ -53,7 +55,7 @@ impl<D: Disk> Tracked<D> {
             self.moved.listen().await;
         }
         let key = self.under_way.borrow_mut().insert(range);
-        Request { under_way: &self.under_way, held: &self.held, moved: &self.moved, key }
+        Request { under_way: &self.under_way, held: &self.held, moved: &self.moved, wrote: &self.history.wrote, key }
     }
 
     /// Holds off new requests, and waits for those under way.

@@ -33,11 +33,13 @@ impl<D: Disk> Tracked<D> {
         if history.is_stopped() {
             return Ok(None);
         }
+        // No byte may change, but the image's time of modification does, and perhaps its size.
+        history.wake().await?;
+        history.wrote.set(true);
         let parts = self.parts_not_zero(range).await;
         if parts.is_empty() {
             return Ok(None);
         }
-        history.wrote.set(true);
         for part in &parts {
             let (start, end) = history.granules(*part);
             history.declare_granules(start, end, false).await?;

@@ -7,7 +7,7 @@ use crate::layout::{self, GROUP_PAGES};
 use crate::page_set::PageSet;
 use crate::superblock::Superblock;
 use crate::{HistoryError, Point, points};
-use disk::{Buf, ErrorKind};
+use disk::{Buf, DiskError, ErrorKind, Operation};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
 
@@ -35,6 +35,11 @@ impl History {
         change: impl FnOnce(&mut Superblock),
     ) -> Result<(), HistoryError> {
         let _one = self.checkpointing.lock().await;
+        if self.storage.limits().read_only {
+            // Not a failure that gives the history up: nobody but its reader asked.
+            let error = DiskError::new(ErrorKind::ReadOnly, Operation::Write).on(self.storage.name());
+            return Err(error.because("the history was opened for reading").into());
+        }
         self.go_on_giving_up().await?;
         self.refuse_if_stopped()?;
         // Looked at under the lock, so that no edit is lost.

@@ -79,10 +79,14 @@ impl History {
     /// Memory is bounded by `most`. Between two parts of one answer the guest may go on writing.
     ///
     /// # Errors
-    /// When the sidecar cannot be read or is damaged.
+    /// When the sidecar cannot be read or is damaged, or tracking has stopped.
     pub async fn next_changes(&self, query: &ChangesQuery, from: u64, most: usize) -> Result<Span, HistoryError> {
+        // A question may have been found before tracking stopped.
+        self.refuse_if_stopped()?;
         let granule = 1u64 << self.granule_bits;
-        let end = query.size.div_ceil(granule);
+        // A point may speak of a longer disk; what is beyond the table does not exist any more.
+        let in_table = self.state.borrow().index.len() as u64 * PAGE_GRANULES;
+        let end = query.size.div_ceil(granule).min(in_table);
         let mut runs = Runs { changes: Vec::new(), granule, size: query.size };
         let mut at = from >> self.granule_bits;
         while at < end {
@@ -107,11 +111,8 @@ impl History {
         runs: &mut Runs,
     ) -> Result<(), HistoryError> {
         let since = query.since.epoch;
-        let mut pending = query.pending.iter().filter(|run| run.start < end && run.end > at).peekable();
-        let known_pages = self.state.borrow().index.len();
-        if page >= known_pages {
-            return Ok(()); // The disk was longer at the point than it is now.
-        }
+        let first = query.pending.partition_point(|run| run.end <= at);
+        let mut pending = query.pending[first..].iter().take_while(|run| run.start < end).peekable();
         let entry = self.state.borrow().index[page];
         if !self.memory_speaks_of(page) && pending.peek().is_none() {
             if entry.high <= since {

@@ -3,6 +3,7 @@
 use crate::epoch_marks::EpochMarks;
 use crate::epoch_marks::Run;
 use crate::fields::{Reader, Writer, is_sealed, seal};
+use crate::intents::joined;
 use crate::index::{IndexBlock, PageBody, PageEntry};
 use crate::journal_block::JournalBlock;
 use crate::layout::{self, BLOCK, GROUP_PAGES, JOURNAL_BLOCKS, PAGE_GRANULES};
@@ -164,7 +165,11 @@ impl History {
         if options.size.div_ceil(options.granule) > layout::MAX_GRANULES {
             return Err(HistoryError::Damaged(Damage::Superblock { field: "size" }));
         }
-        storage.set_size(0).await?;
+        if storage.size() > 0 {
+            // No part of an older history may be found among the new one's.
+            storage.set_size(0).await?;
+            storage.sync().await?;
+        }
         // Written, not only allocated: later syncs of the journal then have no metadata to write.
         let zeroes = Buf::zeroed((JOURNAL_BLOCKS * BLOCK) as usize);
         storage.write(layout::JOURNAL, zeroes).await?;
@@ -180,6 +185,7 @@ impl History {
         storage.write(layout::POINTS[0], Buf::copy_of(&points)).await?;
         storage.sync().await?;
         let lineage = host.random_id();
+        host.let_time_pass().await;
         let marked = host.mark().filter(|mark| mark.lineage == lineage);
         let superblock = Superblock {
             sequence: 2,
@@ -251,6 +257,9 @@ impl History {
     /// [`HistoryError::Damaged`] when the sidecar contradicts itself, or when it cannot be read.
     pub async fn open(storage: StorageHandle, host: Rc<dyn Host>) -> Result<(Self, Option<Distrust>), HistoryError> {
         let (known, last_sign) = load(&storage).await?;
+        if known.superblock.state != State::Closed {
+            host.let_time_pass().await; // What is taken down now must not fit a later write.
+        }
         let facts = host.facts().await?;
         let distrust = trust::judge(&known.superblock, &facts, host.mark(), host.boot(), last_sign);
         let unfinished = known.superblock.state != State::Closed;
@@ -365,13 +374,14 @@ impl History {
         self.change_points(move |points| points.retain(|point| point.id != id)).await
     }
 
-    /// Gives a point the granules that its consumer has deliberately not copied, in order, without overlaps.
+    /// Gives a point the granules that its consumer has deliberately not copied.
     ///
     /// # Errors
     /// [`HistoryError::NoSuchPoint`], [`HistoryError::TooManyPoints`] when they do not fit, or when the sidecar cannot be
     /// written.
     pub async fn set_pending(&self, name: &str, pending: Vec<crate::PendingRun>) -> Result<(), HistoryError> {
         let id = self.point(name)?.id;
+        let pending = points::in_order(&pending);
         self.change_points(move |points| {
             if let Some(point) = points.iter_mut().find(|point| point.id == id) {
                 point.pending = pending;
@@ -527,19 +537,19 @@ async fn replay(
     last_sign: &mut u64,
 ) -> Result<u64, HistoryError> {
     let granules = superblock.size.div_ceil(superblock.granule());
+    let mut runs = Vec::new();
     let mut sequence = superblock.journal_start;
     while sequence - superblock.journal_start < JOURNAL_BLOCKS {
         let bytes = read_block(storage, layout::journal_block(sequence)).await?;
         let Some(block) = JournalBlock::decode(&bytes, superblock.journal, sequence) else { break };
         current.epoch = current.epoch.max(block.epoch.min(crate::kind::LAST_EPOCH));
         *last_sign = (*last_sign).max(block.time);
-        for (start, end) in block.runs {
-            let (start, end) = (start.min(granules), end.min(granules));
-            if start < end {
-                current.set_run(start, end, Run::Kind(ChangeKind::Data));
-            }
-        }
+        runs.extend(block.runs.into_iter().map(|(start, end)| (start.min(granules), end.min(granules))));
         sequence += 1;
+    }
+    // Joined first, so that the work has a bound, whatever the journal says.
+    for (start, end) in joined(runs) {
+        current.set_run(start, end, Run::Kind(ChangeKind::Data));
     }
     Ok(sequence)
 }

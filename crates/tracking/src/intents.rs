@@ -197,10 +197,15 @@ impl History {
         let runs = joined(runs);
         let blocks = runs.len().div_ceil(ENTRIES) as u64;
         if self.journal_in_use() + blocks > JOURNAL_BLOCKS {
-            // The table takes what is queued as well, as it is entered already, and the journal begins anew.
-            if let Err(error) = self.checkpoint().await {
-                return self.stop(&format!("the table of changes could not be written: {error}")).await;
-            }
+            // The table takes these as well, as they are entered already, and the journal begins anew. What was only
+            // declared ahead is forgotten by it.
+            return match self.checkpoint().await {
+                Ok(()) => {
+                    self.committed.set(ticket);
+                    Ok(())
+                }
+                Err(error) => self.stop(&format!("the table of changes could not be written: {error}")).await,
+            };
         }
         // No waiting up to the first write: the blocks' numbers are this batch's.
         let (blocks, places) = {
@@ -325,16 +330,21 @@ impl History {
     }
 }
 
-/// Runs in order, those that meet put together. A run has at most `u32::MAX` granules.
-fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+/// Runs in order, without overlaps, those that meet put together; empty ones are left out. A run has at most
+/// `u32::MAX` granules, as many as a block of the journal can say.
+pub(crate) fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    const MOST: u64 = u32::MAX as u64;
     runs.sort_unstable();
     let mut joined: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
-    for (start, end) in runs {
-        match joined.last_mut() {
-            Some(last) if start <= last.1 && end.max(last.1) - last.0 <= u64::from(u32::MAX) => {
-                last.1 = last.1.max(end)
-            }
-            _ => joined.push((start, end)),
+    for (mut start, end) in runs {
+        if let Some(last) = joined.last_mut().filter(|last| start <= last.1) {
+            last.1 = last.1.max(end.min(last.0 + MOST));
+            start = last.1;
+        }
+        while start < end {
+            let part = end.min(start + MOST);
+            joined.push((start, part));
+            start = part;
         }
     }
     joined
@@ -347,5 +357,8 @@ mod tests {
     #[test]
     fn runs_are_joined() {
         assert_eq!(joined(vec![(5, 6), (1, 2), (2, 4), (3, 5), (8, 9)]), [(1, 6), (8, 9)]);
+        let most = u64::from(u32::MAX);
+        assert_eq!(joined(vec![(0, most + 1)]), [(0, most), (most, most + 1)]);
+        assert_eq!(joined(vec![(0, most - 1), (7, most + 9), (5, 5), (most, most + 1)]), [(0, most), (most, most + 9)]);
     }
 }

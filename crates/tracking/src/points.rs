@@ -3,6 +3,7 @@
 use crate::fields::{Reader, Writer};
 use crate::kind::LAST_EPOCH;
 use crate::layout::POINTS_CAPACITY;
+use crate::run_map::RunMap;
 use crate::{ChangeKind, Damage, Id};
 
 /// Longest name of a point in bytes: with NBD's `qemu:dirty-bitmap:` before it, it fits every client.
@@ -64,6 +65,16 @@ pub struct Point {
     pub refused: Option<Refusal>,
     /// What was not copied, in order, without overlaps.
     pub pending: Vec<PendingRun>,
+}
+
+/// Pending runs as a point keeps them: in order, without overlaps. Where they do overlap, bytes that must be read win.
+pub(crate) fn in_order(pending: &[PendingRun]) -> Vec<PendingRun> {
+    let mut runs = RunMap::default();
+    let (data, others): (Vec<&PendingRun>, Vec<&PendingRun>) = pending.iter().partition(|run| run.kind == ChangeKind::Data);
+    for run in others.into_iter().chain(data) {
+        runs.insert(run.start, run.end, run.kind);
+    }
+    runs.iter().map(|(start, end, kind)| PendingRun { start, end, kind }).collect()
 }
 
 /// Whether a point may bear that name.

@@ -141,6 +141,9 @@ impl History {
             if !woken {
                 rounds += 1;
             }
+            if !self.awake.get() {
+                continue; // Not yet, or no more: the sidecar may be somebody else's.
+            }
             if let Err(error) = self.commit_queued().await {
                 tracing::warn!(history = self.storage.name(), %error, "intents could not be written ahead");
             }

@@ -87,6 +87,7 @@ impl History {
                     superblock.points_sum = crc32c::crc32c(bytes);
                 }
                 change(superblock);
+                superblock.index_sum = self.state.borrow().index_sum(superblock, &groups);
             })
             .await;
         if let Err(error) = committed {
@@ -100,8 +101,10 @@ impl History {
             for (page, entry) in entries {
                 known.index[page] = entry;
             }
+            let generation = known.superblock.generation;
             for (group, slot) in groups {
                 known.group_slots[group] = slot;
+                known.generations[group] = generation;
             }
             if let Some(points) = points {
                 known.points = points;

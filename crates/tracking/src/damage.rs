@@ -23,6 +23,13 @@ pub enum Damage {
         /// Of which group.
         group: u64,
     },
+    /// An index block is an older one than the superblock speaks of.
+    Generations,
+    /// A block of the journal is gone that was durable.
+    Journal {
+        /// Which.
+        sequence: u64,
+    },
     /// A table page is not the one that its index speaks of.
     Page {
         /// Which.
@@ -39,6 +46,8 @@ impl fmt::Display for Damage {
             Self::Version { found } => write!(f, "version {found} is not known here (expected 1)"),
             Self::Superblock { field } => write!(f, "the superblock's {field} is out of bounds"),
             Self::Index { group } => write!(f, "index block {group} is damaged"),
+            Self::Generations => write!(f, "an index block is older than the superblock says"),
+            Self::Journal { sequence } => write!(f, "journal block {sequence} is damaged"),
             Self::Page { page } => write!(f, "table page {page} is damaged"),
             Self::Points => write!(f, "the list of points is damaged"),
         }

@@ -4,7 +4,7 @@ use crate::epoch_marks::EpochMarks;
 use crate::epoch_marks::Run;
 use crate::fields::{Reader, Writer, is_sealed, seal};
 use crate::intents::joined;
-use crate::index::{IndexBlock, PageBody, PageEntry};
+use crate::index::{IndexBlock, PageBody, PageEntry, sum_of};
 use crate::journal_block::JournalBlock;
 use crate::layout::{self, BLOCK, GROUP_PAGES, JOURNAL_BLOCKS, PAGE_GRANULES};
 use crate::run_map::RunMap;
@@ -85,6 +85,8 @@ pub struct History {
     pub(crate) committing: Cell<bool>,
     /// Tickets up to this one are durable.
     pub(crate) committed: Cell<u64>,
+    /// Blocks of the journal before this one are durable.
+    pub(crate) journal_durable: Cell<u64>,
     pub(crate) changed: Event,
     /// Something is to be done by [`History::tend`].
     pub(crate) wanted: Event,
@@ -107,6 +109,8 @@ pub(crate) struct Known {
     pub(crate) index: Vec<PageEntry>,
     /// The slot of each group's index block that counts.
     pub(crate) group_slots: Vec<u8>,
+    /// The generation of each group's index block.
+    pub(crate) generations: Vec<u64>,
     pub(crate) current: EpochMarks,
     /// The epoch that a point has ended, until the table has it.
     pub(crate) frozen: Option<EpochMarks>,
@@ -120,6 +124,7 @@ pub(crate) struct Known {
     pub(crate) next_sequence: u64,
 }
 
+/// Pages of a disk.
 fn pages_for(size: u64, granule_bits: u8) -> usize {
     size.div_ceil(1 << granule_bits).div_ceil(PAGE_GRANULES) as usize
 }
@@ -129,6 +134,16 @@ fn groups_for(pages: usize) -> usize {
 }
 
 impl Known {
+    /// What a superblock says of the index blocks, when these groups have this generation.
+    pub(crate) fn index_sum(&self, superblock: &Superblock, written: &[(usize, u8)]) -> u32 {
+        let mut generations = self.generations.clone();
+        for (group, _) in written {
+            generations[*group] = superblock.generation;
+        }
+        let groups = groups_for(pages_for(superblock.size, superblock.granule_bits));
+        sum_of(generations.into_iter().take(groups))
+    }
+
     /// Room for a disk of so many bytes.
     pub(crate) fn grow(&mut self, size: u64) {
         let pages = pages_for(size, self.superblock.granule_bits);
@@ -136,6 +151,7 @@ impl Known {
         if groups > self.group_slots.len() {
             // The first slot of a group that was never written is the one that does not count.
             self.group_slots.resize(groups, 1);
+            self.generations.resize(groups, 0);
             self.index.resize(groups * GROUP_PAGES as usize, PageEntry::NEVER);
         }
         let pages = self.index.len();
@@ -201,6 +217,7 @@ impl History {
             points_slot: 0,
             points_len: points.len() as u32,
             points_sum: crc32c::crc32c(&points),
+            index_sum: sum_of((0..groups).map(|_| 1)),
             time: host.now(),
             boot: host.boot().id,
             moment: marked.map_or(Id::NONE, |mark| mark.moment),
@@ -215,6 +232,7 @@ impl History {
             current: EpochMarks::new(1, index.len()),
             index,
             group_slots: vec![0; groups],
+            generations: vec![1; groups],
             frozen: None,
             ahead: RunMap::default(),
             streams: Streams::default(),
@@ -240,6 +258,7 @@ impl History {
             awake: Cell::new(false),
             committing: Cell::new(false),
             committed: Cell::new(0),
+            journal_durable: Cell::new(0),
             changed: Event::new(),
             wanted: Event::new(),
             tending_ends: Cell::new(false),
@@ -415,6 +434,7 @@ impl History {
             w.u32(0);
             w.bytes(&known.superblock.journal.0);
             w.u64(self.host.now());
+            w.u64(self.journal_durable.get());
             let mut block = w.0;
             block.resize(BLOCK as usize, 0);
             seal(&mut block, 4);
@@ -449,6 +469,7 @@ async fn load(storage: &StorageHandle) -> Result<(Known, u64), HistoryError> {
         .await?;
     let mut index = Vec::with_capacity(groups * GROUP_PAGES as usize);
     let mut group_slots = Vec::with_capacity(groups);
+    let mut generations = Vec::with_capacity(groups);
     let mut rewrite = Vec::new();
     for (block, slot, aborted) in blocks {
         if aborted {
@@ -456,21 +477,32 @@ async fn load(storage: &StorageHandle) -> Result<(Known, u64), HistoryError> {
         }
         index.extend(block.entries);
         group_slots.push(slot);
+        generations.push(block.generation);
+    }
+    if sum_of(generations.iter().copied()) != superblock.index_sum {
+        return Err(HistoryError::Damaged(Damage::Generations));
     }
     let points = load_points(storage, &superblock).await?;
-    let mut last_sign = superblock.time;
+    let (mut last_sign, mut journal_durable) = (superblock.time, 0);
     let beat = read_block(storage, layout::HEARTBEAT).await?;
     if is_sealed(&beat, 4) {
         let mut r = Reader(&beat);
-        let (magic, _, journal, time) = (r.u32(), r.u32(), r.array().map(Id), r.u64());
+        let (magic, _, journal, time, durable) = (r.u32(), r.u32(), r.array().map(Id), r.u64(), r.u64());
         if magic == Some(HEARTBEAT_MAGIC) && journal == Some(superblock.journal) {
             last_sign = last_sign.max(time.unwrap_or(0));
+            journal_durable = durable.unwrap_or(0);
         }
     }
     let mut current = EpochMarks::new(superblock.epoch, index.len());
     let next_sequence = match superblock.state {
         State::Closed => superblock.journal_start,
-        State::InUse | State::Lost => replay(storage, &superblock, &mut current, &mut last_sign).await?,
+        State::InUse | State::Lost => {
+            let next = replay(storage, &superblock, &mut current, &mut last_sign).await?;
+            if next < journal_durable {
+                return Err(HistoryError::Damaged(Damage::Journal { sequence: next }));
+            }
+            next
+        }
     };
     for page in rewrite {
         // The slot that an unfinished checkpoint left must not be taken for a later one's.
@@ -481,6 +513,7 @@ async fn load(storage: &StorageHandle) -> Result<(Known, u64), HistoryError> {
         points,
         index,
         group_slots,
+        generations,
         current,
         frozen: None,
         ahead: RunMap::default(),
@@ -537,15 +570,24 @@ async fn replay(
     last_sign: &mut u64,
 ) -> Result<u64, HistoryError> {
     let granules = superblock.size.div_ceil(superblock.granule());
+    let ring = storage.read_new(layout::JOURNAL, (JOURNAL_BLOCKS * BLOCK) as usize).await?;
+    let blocks: Vec<Option<JournalBlock>> =
+        ring.chunks(BLOCK as usize).map(|bytes| JournalBlock::decode(bytes, superblock.journal)).collect();
     let mut runs = Vec::new();
     let mut sequence = superblock.journal_start;
     while sequence - superblock.journal_start < JOURNAL_BLOCKS {
-        let bytes = read_block(storage, layout::journal_block(sequence)).await?;
-        let Some(block) = JournalBlock::decode(&bytes, superblock.journal, sequence) else { break };
+        let Some(block) = &blocks[(sequence % JOURNAL_BLOCKS) as usize] else { break };
+        if block.sequence != sequence {
+            break;
+        }
         current.epoch = current.epoch.max(block.epoch.min(crate::kind::LAST_EPOCH));
         *last_sign = (*last_sign).max(block.time);
-        runs.extend(block.runs.into_iter().map(|(start, end)| (start.min(granules), end.min(granules))));
+        runs.extend(block.runs.iter().map(|(start, end)| ((*start).min(granules), (*end).min(granules))));
         sequence += 1;
+    }
+    // A power cut takes blocks of the last batch alone. If a later batch is there, this block was durable once.
+    if blocks.iter().flatten().any(|block| block.batch > sequence) {
+        return Err(HistoryError::Damaged(Damage::Journal { sequence }));
     }
     // Joined first, so that the work has a bound, whatever the journal says.
     for (start, end) in joined(runs) {

@@ -39,6 +39,12 @@ impl PageEntry {
     }
 }
 
+/// What the superblock remembers of the generations of all groups' index blocks, so that an older one is not taken for one
+/// that went bad.
+pub(crate) fn sum_of(generations: impl Iterator<Item = u64>) -> u32 {
+    generations.fold(0, |sum, generation| crc32c::crc32c_append(sum, &generation.to_le_bytes()))
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct IndexBlock {
     pub(crate) group: u64,

@@ -208,18 +208,19 @@ impl History {
             };
         }
         // No waiting up to the first write: the blocks' numbers are this batch's.
-        let (blocks, places) = {
+        let (blocks, places, next) = {
             let mut known = self.state.borrow_mut();
             let (journal, epoch, time) = (known.superblock.journal, known.current.epoch, self.host.now());
             let mut blocks = Vec::new();
             let mut places = Vec::new();
+            let batch = known.next_sequence;
             for part in runs.chunks(ENTRIES) {
                 let sequence = known.next_sequence;
                 known.next_sequence += 1;
-                blocks.push(JournalBlock { journal, sequence, epoch, time, runs: part.to_vec() }.encode());
+                blocks.push(JournalBlock { journal, sequence, batch, epoch, time, runs: part.to_vec() }.encode());
                 places.push(layout::journal_block(sequence));
             }
-            (blocks, places)
+            (blocks, places, known.next_sequence)
         };
         for (block, place) in blocks.iter().zip(places) {
             if let Err(error) = self.storage.write(place, Buf::copy_of(block)).await {
@@ -229,6 +230,7 @@ impl History {
         if let Err(error) = self.storage.sync().await {
             return self.stop(&format!("the journal of changes could not be made durable: {error}")).await;
         }
+        self.journal_durable.set(next);
         self.committed.set(ticket);
         if self.journal_in_use() >= JOURNAL_DUE {
             self.wanted.notify(1);

@@ -15,6 +15,8 @@ pub(crate) const ENTRIES: usize = (BLOCK as usize - HEAD) / ENTRY;
 pub(crate) struct JournalBlock {
     pub(crate) journal: Id,
     pub(crate) sequence: u64,
+    /// The first block that was written together with it: those before were durable by then.
+    pub(crate) batch: u64,
     pub(crate) epoch: u32,
     /// When it was written, in milliseconds since 1970.
     pub(crate) time: u64,
@@ -33,6 +35,8 @@ impl JournalBlock {
         w.u64(self.time);
         w.u32(self.epoch);
         w.u16(self.runs.len() as u16);
+        w.u16(0);
+        w.u64(self.batch);
         w.0.resize(HEAD, 0);
         for (start, end) in &self.runs {
             w.u64(*start);
@@ -44,8 +48,8 @@ impl JournalBlock {
         block
     }
 
-    /// The block, if these bytes are one of this journal with that sequence.
-    pub(crate) fn decode(bytes: &[u8], journal: Id, sequence: u64) -> Option<Self> {
+    /// The block, if these bytes are one of this journal.
+    pub(crate) fn decode(bytes: &[u8], journal: Id) -> Option<Self> {
         if bytes.len() != BLOCK as usize || !is_sealed(bytes, SUM_AT) {
             return None;
         }
@@ -54,12 +58,20 @@ impl JournalBlock {
             return None;
         }
         r.u32()?;
-        let found =
-            Self { journal: Id(r.array()?), sequence: r.u64()?, time: r.u64()?, epoch: r.u32()?, runs: Vec::new() };
-        if found.journal != journal || found.sequence != sequence {
+        let mut found = Self {
+            journal: Id(r.array()?),
+            sequence: r.u64()?,
+            time: r.u64()?,
+            epoch: r.u32()?,
+            batch: 0,
+            runs: Vec::new(),
+        };
+        let count = usize::from(r.u16()?);
+        r.u16()?;
+        found.batch = r.u64()?;
+        if found.journal != journal {
             return None;
         }
-        let count = usize::from(r.u16()?);
         if count > ENTRIES {
             return None;
         }
@@ -82,17 +94,17 @@ mod tests {
         let block = JournalBlock {
             journal: Id([7; 16]),
             sequence: 12,
+            batch: 10,
             epoch: 3,
             time: 99,
             runs: (0..ENTRIES as u64).map(|n| (n * 10, n * 10 + 1 + n % 3)).collect(),
         };
         let bytes = block.encode();
         assert_eq!(bytes.len(), 4096);
-        assert_eq!(JournalBlock::decode(&bytes, block.journal, 12).as_ref(), Some(&block));
-        assert_eq!(JournalBlock::decode(&bytes, block.journal, 13), None);
-        assert_eq!(JournalBlock::decode(&bytes, Id([8; 16]), 12), None);
+        assert_eq!(JournalBlock::decode(&bytes, block.journal).as_ref(), Some(&block));
+        assert_eq!(JournalBlock::decode(&bytes, Id([8; 16])), None);
         let mut torn = bytes;
         torn[3000] ^= 4;
-        assert_eq!(JournalBlock::decode(&torn, block.journal, 12), None);
+        assert_eq!(JournalBlock::decode(&torn, block.journal), None);
     }
 }

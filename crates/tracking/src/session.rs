@@ -41,6 +41,7 @@ impl History {
             return self.stop(&format!("the history could not be opened for writing: {error}")).await;
         }
         self.state.borrow_mut().next_sequence = 0;
+        self.journal_durable.set(0);
         drop(table);
         self.put_mark(lineage, moment).await?;
         self.awake.set(true);

@@ -44,6 +44,8 @@ pub(crate) struct Superblock {
     pub(crate) points_slot: u8,
     pub(crate) points_len: u32,
     pub(crate) points_sum: u32,
+    /// Of the generations of the index blocks that count.
+    pub(crate) index_sum: u32,
     /// When this was written, in milliseconds since 1970.
     pub(crate) time: u64,
     /// The run of the machine in which it was written.
@@ -80,6 +82,8 @@ impl Superblock {
         w.u64(self.journal_start);
         w.u32(self.points_len);
         w.u32(self.points_sum);
+        w.u32(self.index_sum);
+        w.u32(0);
         w.u64(self.time);
         w.bytes(&self.boot.0);
         w.bytes(&self.moment.0);
@@ -157,6 +161,8 @@ impl Superblock {
         let journal_start = r.u64()?;
         let points_len = r.u32()?;
         let points_sum = r.u32()?;
+        let index_sum = r.u32()?;
+        r.u32()?;
         let time = r.u64()?;
         let boot = Id(r.array()?);
         let moment = Id(r.array()?);
@@ -191,6 +197,7 @@ impl Superblock {
             points_slot,
             points_len,
             points_sum,
+            index_sum,
             time,
             boot,
             moment,
@@ -226,6 +233,7 @@ mod tests {
             points_slot: 1,
             points_len: 77,
             points_sum: 0xdead_beef,
+            index_sum: 0xfeed_f00d,
             time: 1_700_000_000_000,
             boot: Id([3; 16]),
             moment: Id([4; 16]),

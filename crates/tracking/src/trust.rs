@@ -195,6 +195,7 @@ mod tests {
             points_slot: 0,
             points_len: 0,
             points_sum: 0,
+            index_sum: 0,
             time: 2_000_000,
             boot: BOOT.id,
             moment: if marked { Id([8; 16]) } else { Id::NONE },

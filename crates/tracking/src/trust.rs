@@ -142,6 +142,10 @@ pub(crate) fn judge(
             if restarted && recorded.flushes_void {
                 return Some(Distrust::FlushesVoid);
             }
+            // Times may be lost with the machine, but not with the process.
+            if !restarted && found.modified < then.modified && !is_marked_copy {
+                return Some(Distrust::Modified { recorded: then.modified, found: found.modified });
+            }
             let modified = u64::try_from(found.modified / 1_000_000).unwrap_or(0);
             let latest = last_sign.saturating_add(if restarted { SIGNS_LOST } else { SIGNS_APART });
             // After a restart of the machine nothing of ours is later than its beginning.
@@ -260,7 +264,8 @@ mod tests {
         let at = |ms: u64| ImageFacts { modified: ms as i64 * 1_000_000, ..facts() };
         let ask = |ms, boot| judge(&r, &at(ms), None, boot, 2_000_000);
         assert_eq!(ask(2_000_500, BOOT), None);
-        assert_eq!(ask(1_500_000, BOOT), None, "times may be lost");
+        assert!(matches!(ask(1_500_000, BOOT), Some(Distrust::Modified { .. })), "an earlier copy was put back");
+        assert_eq!(ask(1_500_000, NEXT_BOOT), None, "times may be lost");
         assert!(matches!(ask(2_010_000, BOOT), Some(Distrust::ModifiedLater { .. })));
         assert_eq!(ask(2_010_000, NEXT_BOOT), None);
         assert!(matches!(ask(2_100_000, NEXT_BOOT), Some(Distrust::ModifiedLater { .. })));
@@ -268,7 +273,7 @@ mod tests {
         assert!(matches!(ask(2_010_000, soon), Some(Distrust::ModifiedLater { .. })));
         let mut void = r.clone();
         void.flushes_void = true;
-        assert_eq!(judge(&void, &at(2_000_000), None, BOOT, 2_000_000), None);
+        assert_eq!(judge(&void, &at(2_000_001), None, BOOT, 2_000_000), None);
         assert_eq!(judge(&void, &at(2_000_000), None, NEXT_BOOT, 2_000_000), Some(Distrust::FlushesVoid));
         assert!(matches!(judge(&recorded(State::Lost, false), &facts(), None, BOOT, 0), Some(Distrust::Lost(_))));
     }

@@ -3,8 +3,8 @@
 use crate::epoch_marks::EpochMarks;
 use crate::epoch_marks::Run;
 use crate::fields::{Reader, Writer, is_sealed, seal};
-use crate::intents::joined;
 use crate::index::{IndexBlock, PageBody, PageEntry, sum_of};
+use crate::intents::joined;
 use crate::journal_block::JournalBlock;
 use crate::layout::{self, BLOCK, GROUP_PAGES, JOURNAL_BLOCKS, PAGE_GRANULES};
 use crate::run_map::RunMap;

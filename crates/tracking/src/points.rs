@@ -70,7 +70,8 @@ pub struct Point {
 /// Pending runs as a point keeps them: in order, without overlaps. Where they do overlap, bytes that must be read win.
 pub(crate) fn in_order(pending: &[PendingRun]) -> Vec<PendingRun> {
     let mut runs = RunMap::default();
-    let (data, others): (Vec<&PendingRun>, Vec<&PendingRun>) = pending.iter().partition(|run| run.kind == ChangeKind::Data);
+    let (data, others): (Vec<&PendingRun>, Vec<&PendingRun>) =
+        pending.iter().partition(|run| run.kind == ChangeKind::Data);
     for run in others.into_iter().chain(data) {
         runs.insert(run.start, run.end, run.kind);
     }

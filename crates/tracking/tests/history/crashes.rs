@@ -1,5 +1,6 @@
 //! Power cuts and kills at any moment: no change is missed.
 
+use crate::answers::{all_changes, judge};
 use crate::host::{TestHost, raw};
 use chain::Chain;
 use disk::{Buf, ByteRange, Disk, WriteFlags, ZeroMode};
@@ -7,9 +8,9 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
-use testkit::executor::{self, Executor};
+use testkit::executor::{self, Executor, yield_now};
 use testkit::{CrashStorage, MemoryStorage, seeds};
-use tracking::{Change, ChangeKind, Consistency, CreateOptions, History, Id, NewPoint, Tracked};
+use tracking::{ChangeKind, Consistency, CreateOptions, History, Id, NewPoint, Tracked};
 
 const GRANULE: u64 = 4096;
 /// Granules that may be declared ahead.
@@ -90,7 +91,7 @@ async fn marker(disk: Rc<Tracked<Chain>>, truths: Truths, image: MemoryStorage, 
     let mut random = fastrand::Rng::with_seed(seed);
     for n in 0.. {
         for _ in 0..random.u32(1..400) {
-            executor_yield().await;
+            yield_now().await;
         }
         let name = format!("{round}.{n}");
         let held = disk.hold(&name).await.expect("no faults");
@@ -104,43 +105,6 @@ async fn marker(disk: Rc<Tracked<Chain>>, truths: Truths, image: MemoryStorage, 
         held.cut(new).commit(Consistency::Crash).await.expect("no faults");
         let mut told = truths.borrow_mut();
         told.truths.iter_mut().find(|t| t.name == name).expect("entered above").committed = true;
-    }
-}
-
-async fn executor_yield() {
-    let mut yielded = false;
-    std::future::poll_fn(|cx| {
-        if std::mem::replace(&mut yielded, true) {
-            return std::task::Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        std::task::Poll::Pending
-    })
-    .await;
-}
-
-async fn all_changes(history: &History, since: &str, until: Option<&str>, most: usize) -> Vec<Change> {
-    let query = history.changes(since, until).expect("trusted");
-    let mut changes = Vec::new();
-    let mut next = Some(0);
-    while let Some(from) = next {
-        let span = history.next_changes(&query, from, most).await.expect("readable");
-        changes.extend(span.changes);
-        next = span.next;
-    }
-    changes
-}
-
-/// Every byte that differs is in a change; what is called zero is zero.
-fn judge(before: &[u8], after: &[u8], changes: &[Change], what: &str) {
-    let mut told = vec![None; after.len()];
-    for change in changes {
-        told[change.range.offset() as usize..change.range.end() as usize].fill(Some(change.kind));
-    }
-    for (at, byte) in after.iter().enumerate() {
-        assert!(told[at].is_some() || before[at] == *byte, "{what}: the change at byte {at} was missed");
-        let zero = matches!(told[at], Some(ChangeKind::Zero | ChangeKind::Discarded));
-        assert!(!zero || *byte == 0, "{what}: byte {at} is called {:?} and is {byte}", told[at]);
     }
 }
 
@@ -187,7 +151,7 @@ fn rounds(seed: u64, power: bool, seen: &mut Seen) {
                     disk.close().await.expect("no faults");
                     return;
                 }
-                let mut tasks = vec![executor::spawn(async move { history.tend(executor_yield).await })];
+                let mut tasks = vec![executor::spawn(async move { history.tend(yield_now).await })];
                 for n in 0..clients {
                     let work = client(Rc::clone(&disk), Rc::clone(&truths), n, client_seed.wrapping_add(n), size);
                     tasks.push(executor::spawn(work));

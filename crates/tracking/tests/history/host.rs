@@ -1,13 +1,13 @@
 //! A history's surroundings, made up.
 
 use chain::{Chain, LayerInfo};
-use disk::{LayerHandle, LocalFuture, Result, StorageHandle};
+use disk::{DiskError, ErrorKind, LayerHandle, LocalFuture, Operation, Result, StorageHandle};
 use formats::Format;
 use formats::raw::{OpenOptions, RawLayer};
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
-use tracking::{Boot, Host, Id, ImageFacts, ImageMark};
+use tracking::{Boot, CreateOptions, History, Host, Id, ImageFacts, ImageMark, NewPoint, Tracked};
 
 /// Clock, randomness and the image's outside, as the test sets them.
 pub(crate) struct TestHost {
@@ -17,7 +17,11 @@ pub(crate) struct TestHost {
     pub(crate) mark: Cell<Option<ImageMark>>,
     /// Whether the image can bear a mark.
     pub(crate) bears: Cell<bool>,
+    /// Putting a mark into the image fails; `true`: after it has been put there.
+    pub(crate) mark_fails: Cell<Option<bool>>,
     pub(crate) removed: Cell<bool>,
+    /// Whether the sidecar can be removed.
+    pub(crate) removable: Cell<bool>,
     random: RefCell<fastrand::Rng>,
 }
 
@@ -29,7 +33,9 @@ impl TestHost {
             facts: Cell::default(),
             mark: Cell::default(),
             bears: Cell::new(false),
+            mark_fails: Cell::default(),
             removed: Cell::default(),
+            removable: Cell::new(true),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
         })
     }
@@ -64,10 +70,14 @@ impl Host for TestHost {
 
     fn set_mark(&self, mark: ImageMark) -> LocalFuture<'_, Result<bool>> {
         Box::pin(async move {
-            if self.bears.get() {
+            let fails = self.mark_fails.get();
+            if self.bears.get() && fails != Some(false) {
                 self.mark.set(Some(mark));
             }
-            Ok(self.bears.get())
+            match fails {
+                Some(_) => Err(DiskError::new(ErrorKind::Io, Operation::Write)),
+                None => Ok(self.bears.get()),
+            }
         })
     }
 
@@ -77,6 +87,9 @@ impl Host for TestHost {
 
     fn remove_sidecar(&self) -> LocalFuture<'_, Result<()>> {
         Box::pin(async {
+            if !self.removable.get() {
+                return Err(DiskError::new(ErrorKind::Io, Operation::Write));
+            }
             self.removed.set(true);
             Ok(())
         })
@@ -87,4 +100,28 @@ impl Host for TestHost {
 pub(crate) fn raw(storage: StorageHandle) -> Rc<Chain> {
     let handle = LayerHandle::new(RawLayer::open(storage, OpenOptions::default()));
     Rc::new(Chain::new(vec![LayerInfo { path: PathBuf::from("disk.raw"), format: Format::Raw, handle }]))
+}
+
+/// A raw disk on `image`, recorded in the history that `sidecar` holds; the history must be trusted.
+pub(crate) async fn tracked(image: StorageHandle, sidecar: StorageHandle, host: &Rc<TestHost>) -> Rc<Tracked<Chain>> {
+    let (history, distrust) = History::open(sidecar, Rc::clone(host) as _).await.expect("readable");
+    assert_eq!(distrust, None);
+    Rc::new(Tracked::new(raw(image), Rc::new(history)).await.expect("no faults"))
+}
+
+/// The same with a new history.
+pub(crate) async fn created(
+    image: StorageHandle,
+    sidecar: StorageHandle,
+    host: &Rc<TestHost>,
+    granule: u64,
+) -> Rc<Tracked<Chain>> {
+    let options = CreateOptions { granule, size: image.size() };
+    let history = History::create(sidecar, Rc::clone(host) as _, options).await.expect("no faults");
+    Rc::new(Tracked::new(raw(image), Rc::new(history)).await.expect("no faults"))
+}
+
+/// A point of that name and no set.
+pub(crate) fn named(name: &str) -> NewPoint {
+    NewPoint { name: name.to_owned(), set: Id::NONE }
 }

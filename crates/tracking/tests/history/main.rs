@@ -1,8 +1,12 @@
 //! Histories on storages that lose what was not synced, and on such that fail.
 
+mod answers;
+mod conformance;
 mod crashes;
+mod damage;
 mod faults;
+mod groups;
 mod host;
 mod points;
-mod views;
+mod sizes;
 mod zeroes;

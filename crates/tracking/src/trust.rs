@@ -143,7 +143,7 @@ pub(crate) fn judge(
                 return Some(Distrust::FlushesVoid);
             }
             // Times may be lost with the machine, but not with the process.
-            if !restarted && found.modified < then.modified && !is_marked_copy {
+            if !restarted && found.modified < then.modified {
                 return Some(Distrust::Modified { recorded: then.modified, found: found.modified });
             }
             let modified = u64::try_from(found.modified / 1_000_000).unwrap_or(0);

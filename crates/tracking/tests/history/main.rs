@@ -9,4 +9,5 @@ mod groups;
 mod host;
 mod points;
 mod sizes;
+mod views;
 mod zeroes;

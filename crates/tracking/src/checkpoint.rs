@@ -49,15 +49,15 @@ impl History {
             points
         });
         // No waiting from here: what stands before the cut is entered in the marks whose pages are taken.
-        let (cut, pages) = {
+        let (cut, pages, forgotten) = {
             let mut known = self.state.borrow_mut();
             // What was only declared ahead is not in the table, so its declaration ends with the journal.
-            known.ahead.clear();
+            known.forget_ahead();
             let mut pages = std::mem::take(&mut known.current.dirty);
             if let Some(frozen) = &mut known.frozen {
                 pages.add(&std::mem::take(&mut frozen.dirty));
             }
-            (known.next_sequence, pages)
+            (known.next_sequence, pages, known.ahead_forgotten)
         };
         // To here.
         let frozen_epoch = self.state.borrow().frozen.as_ref().map(|frozen| frozen.epoch);
@@ -109,6 +109,7 @@ impl History {
             if let Some(points) = points {
                 known.points = points;
             }
+            known.ahead_forgotten -= forgotten;
             if known.frozen.as_ref().map(|frozen| frozen.epoch) == frozen_epoch {
                 known.frozen = None;
             }

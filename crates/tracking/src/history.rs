@@ -116,9 +116,13 @@ pub(crate) struct Known {
     pub(crate) frozen: Option<EpochMarks>,
     /// Granules declared ahead of sequential writers, with the ticket of the declaration. They have not changed.
     pub(crate) ahead: RunMap<u64>,
+    /// How many were forgotten here while the journal still declares them: a crash would report them.
+    pub(crate) ahead_forgotten: u64,
     pub(crate) streams: Streams,
     /// Intents that wait for the journal.
     pub(crate) queue: Vec<(u64, u64)>,
+    /// The same, of what is declared ahead.
+    pub(crate) ahead_queue: Vec<(u64, u64)>,
     pub(crate) tickets: u64,
     /// Of the next journal block.
     pub(crate) next_sequence: u64,
@@ -134,6 +138,13 @@ fn groups_for(pages: usize) -> usize {
 }
 
 impl Known {
+    /// Forgets what was declared ahead; the journal declares it until the table is written.
+    pub(crate) fn forget_ahead(&mut self) {
+        self.ahead_forgotten += self.ahead.total();
+        self.ahead.clear();
+        self.ahead_queue.clear();
+    }
+
     /// What a superblock says of the index blocks, when these groups have this generation.
     pub(crate) fn index_sum(&self, superblock: &Superblock, written: &[(usize, u8)]) -> u32 {
         let mut generations = self.generations.clone();
@@ -235,8 +246,10 @@ impl History {
             generations: vec![1; groups],
             frozen: None,
             ahead: RunMap::default(),
+            ahead_forgotten: 0,
             streams: Streams::default(),
             queue: Vec::new(),
+            ahead_queue: Vec::new(),
             tickets: 0,
             next_sequence: 0,
             points: Vec::new(),
@@ -344,7 +357,8 @@ impl History {
     /// What there is to know.
     pub fn info(&self) -> HistoryInfo {
         let known = self.state.borrow();
-        let open = (known.ahead.total() << self.granule_bits) + ((known.queue.len() as u64) << self.granule_bits);
+        let queued: u64 = known.queue.iter().map(|(start, end)| end - start).sum();
+        let open = (known.ahead.total() + known.ahead_forgotten + queued) << self.granule_bits;
         HistoryInfo {
             lineage: known.superblock.lineage,
             granule: 1 << self.granule_bits,
@@ -517,8 +531,10 @@ async fn load(storage: &StorageHandle) -> Result<(Known, u64), HistoryError> {
         current,
         frozen: None,
         ahead: RunMap::default(),
+        ahead_forgotten: 0,
         streams: Streams::default(),
         queue: Vec::new(),
+        ahead_queue: Vec::new(),
         tickets: 0,
         next_sequence,
     };

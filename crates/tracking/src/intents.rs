@@ -146,7 +146,8 @@ impl History {
 
     /// Declares what a sequential writer will probably write next, as far as the bound allows.
     fn declare_ahead(&self, known: &mut Known, start: u64, end: u64, ticket: u64) {
-        let left = (self.open_limit.get() >> self.granule_bits).saturating_sub(known.ahead.total());
+        let left =
+            (self.open_limit.get() >> self.granule_bits).saturating_sub(known.ahead.total() + known.ahead_forgotten);
         let most = left.min(AHEAD_OF_ONE >> self.granule_bits);
         let ahead = known.streams.ahead_of(start, end, most);
         let disk_end = known.superblock.size.div_ceil(1 << self.granule_bits);
@@ -156,7 +157,7 @@ impl History {
             let (need, next) = known.need(at, until, 0);
             if matches!(need, Need::Intent) && known.current.runs.get(at).is_none() {
                 known.ahead.insert(at, next, ticket);
-                known.queue.push((at, next));
+                known.ahead_queue.push((at, next));
             }
             at = next;
         }
@@ -188,7 +189,9 @@ impl History {
         }
         let (runs, ticket) = {
             let mut known = self.state.borrow_mut();
-            (std::mem::take(&mut known.queue), known.tickets)
+            let mut runs = std::mem::take(&mut known.queue);
+            runs.append(&mut known.ahead_queue);
+            (runs, known.tickets)
         };
         if runs.is_empty() {
             self.committed.set(ticket);
@@ -242,7 +245,7 @@ impl History {
     pub(crate) async fn commit_queued(&self) -> Result<(), DiskError> {
         let (ticket, nothing) = {
             let known = self.state.borrow();
-            (known.tickets, known.queue.is_empty())
+            (known.tickets, known.queue.is_empty() && known.ahead_queue.is_empty())
         };
         if nothing { Ok(()) } else { self.durable(ticket).await }
     }

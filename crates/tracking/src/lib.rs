@@ -51,5 +51,5 @@ pub use host::{Boot, Host, ImageFacts, ImageMark};
 pub use id::Id;
 pub use kind::ChangeKind;
 pub use points::{Consistency, MAX_NAME, PendingRun, Point, Refusal};
-pub use tracked::{Held, NewPoint, Tracked, UncommittedPoint, View};
+pub use tracked::{Held, NewPoint, ParkingLot, Spawn, Tracked, UncommittedPoint, View};
 pub use trust::Distrust;

@@ -1,11 +1,13 @@
 //! The decorator: a disk whose changes are recorded.
 
 mod mark;
+mod parking;
 mod requests;
 mod view;
 mod zeroing;
 
 pub use mark::{Held, NewPoint, UncommittedPoint};
+pub use parking::{ParkingLot, Spawn};
 pub use view::View;
 
 use crate::epoch_marks::Run;
@@ -13,9 +15,11 @@ use crate::history::History;
 use crate::{ChangeKind, HistoryError};
 use disk::{Buf, ByteRange, Disk, DiskExtent, DiskGeometry, Result, WriteFlags, ZeroMode};
 use event_listener::Event;
+use futures_util::future::Either;
+use parking::Parking;
 use requests::UnderWay;
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use view::Views;
 use zeroing::Settled;
 
@@ -34,6 +38,9 @@ pub struct Tracked<D> {
     /// Zeroes and discards that are done, but not yet durable.
     settled: RefCell<Vec<Settled>>,
     views: Views,
+    parking: Parking,
+    /// Itself, for tasks that outlive a request.
+    this: Weak<Self>,
 }
 
 impl<D: Disk> Tracked<D> {
@@ -42,13 +49,13 @@ impl<D: Disk> Tracked<D> {
     ///
     /// # Errors
     /// When the sidecar cannot be written.
-    pub async fn new(inner: Rc<D>, history: Rc<History>) -> std::result::Result<Self, HistoryError> {
+    pub async fn new(inner: Rc<D>, history: Rc<History>) -> std::result::Result<Rc<Self>, HistoryError> {
         let geometry = inner.geometry();
         let known = history.state.borrow().superblock.size;
         if known != geometry.size && !geometry.read_only {
             history.change_size(known, geometry.size).await?;
         }
-        Ok(Self {
+        Ok(Rc::new_cyclic(|this| Self {
             inner,
             history,
             under_way: RefCell::default(),
@@ -58,7 +65,9 @@ impl<D: Disk> Tracked<D> {
             zeroings: Cell::new(0),
             settled: RefCell::default(),
             views: Views::default(),
-        })
+            parking: Parking::default(),
+            this: Weak::clone(this),
+        }))
     }
 
     /// The history.
@@ -91,6 +100,7 @@ impl<D: Disk> Tracked<D> {
         resize: impl FnOnce(Rc<D>) -> F,
     ) -> Result<()> {
         let _held = self.hold_requests().await;
+        self.wait_for_all_parked().await?;
         let old = self.inner.geometry().size;
         if size < old && self.views.any() {
             self.preserve(ByteRange::between(size, old)).await;
@@ -123,13 +133,33 @@ impl<D: Disk> Disk for Tracked<D> {
     }
 
     fn read(&self, offset: u64, buf: Buf) -> impl Future<Output = Result<Buf>> {
-        self.inner.read(offset, buf)
+        if !self.parking.any() {
+            return Either::Left(self.inner.read(offset, buf));
+        }
+        Either::Right(async move {
+            self.wait_for_parked(ByteRange::new(offset, buf.len() as u64)).await?;
+            self.inner.read(offset, buf).await
+        })
     }
 
     async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
         let range = ByteRange::new(offset, buf.len() as u64);
-        let _request = self.enter(range).await;
+        let request = self.enter(range).await;
+        if self.parking.any() {
+            Box::pin(self.wait_for_parked(range)).await?;
+        }
+        let mut buf = buf;
         if !self.history.is_marked(range) {
+            // No waiting since nothing parked overlaps.
+            if let (Some(this), false) = (self.this.upgrade(), flags.fua) {
+                match this.park(range, request.key(), buf) {
+                    Ok(()) => {
+                        request.hand_over();
+                        return Ok(());
+                    }
+                    Err(back) => buf = back,
+                }
+            }
             Box::pin(self.history.declare(range)).await?;
         }
         if self.views.any() {
@@ -141,6 +171,7 @@ impl<D: Disk> Disk for Tracked<D> {
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
         let request = self.enter(range).await;
+        Box::pin(self.wait_for_parked(range)).await?;
         if self.views.any() {
             Box::pin(self.preserve(range)).await;
         }
@@ -153,6 +184,7 @@ impl<D: Disk> Disk for Tracked<D> {
 
     async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
         let request = self.enter(range).await;
+        Box::pin(self.wait_for_parked(range)).await?;
         if self.views.any() {
             Box::pin(self.preserve(range)).await;
         }
@@ -164,6 +196,9 @@ impl<D: Disk> Disk for Tracked<D> {
     }
 
     async fn flush(&self) -> Result<()> {
+        if self.parking.any() {
+            Box::pin(self.wait_for_all_parked()).await?;
+        }
         let settled = std::mem::take(&mut *self.settled.borrow_mut());
         // An image may write what it has kept in memory.
         self.history.wrote.set(true);
@@ -175,7 +210,13 @@ impl<D: Disk> Disk for Tracked<D> {
     }
 
     fn map(&self, range: ByteRange) -> impl Future<Output = Result<DiskExtent>> {
-        self.inner.map(range)
+        if !self.parking.any() {
+            return Either::Left(self.inner.map(range));
+        }
+        Either::Right(async move {
+            self.wait_for_parked(range).await?;
+            self.inner.map(range).await
+        })
     }
 
     async fn resize(&self, size: u64) -> Result<()> {
@@ -184,6 +225,8 @@ impl<D: Disk> Disk for Tracked<D> {
 
     async fn close(&self) -> Result<()> {
         let _held = self.hold_requests().await;
+        // What cannot be written stays parked, for whoever opens the disk next.
+        let parked = self.wait_for_all_parked().await;
         self.views.end_all("the disk was closed");
         if self.history.awake.get() {
             let settled = std::mem::take(&mut *self.settled.borrow_mut());
@@ -197,6 +240,7 @@ impl<D: Disk> Disk for Tracked<D> {
             // Closed whatever happened; after a failure the next opening sees a crash.
             self.inner.close().await?;
             prepared?;
+            parked?;
             if let Err(error) = self.history.finish_close().await {
                 tracing::warn!(%error, "the history was not closed; the next opening sees a crash");
             }
@@ -243,7 +287,7 @@ impl History {
             if size > old {
                 let granule = 1u64 << self.granule_bits;
                 let (first_whole, end) = (old.div_ceil(granule), size.div_ceil(granule));
-                known.ahead.clear();
+                known.forget_ahead();
                 if first_whole * granule > old {
                     // Within the present disk, so that it may be written to even if the table cannot be written now.
                     known.tickets += 1;

@@ -146,7 +146,7 @@ async fn open_file(
     let disk = Tracked::new(chain, Rc::clone(&history)).await.map_err(|e| lost(&file, e))?;
     let tender =
         request.writable.then(|| dataplane::spawn_local(async move { history.tend(|| dataplane::sleep(TICK)).await }));
-    Ok(Ok(Kept { disk: Rc::new(disk), file, distrust, tender: RefCell::new(tender) }))
+    Ok(Ok(Kept { disk, file, distrust, tender: RefCell::new(tender) }))
 }
 
 fn lost(file: &Path, error: HistoryError) -> EngineError {

@@ -123,7 +123,7 @@ impl<D: Disk> Held<D> {
         let pages = known.index.len();
         let next = EpochMarks::new(known.current.epoch + 1, pages);
         let ended = std::mem::replace(&mut known.current, next);
-        known.ahead.clear();
+        known.forget_ahead();
         let point = Point {
             name: new.name,
             id: history.host.random_id(),

@@ -22,6 +22,11 @@ impl Request<'_> {
     pub(super) fn key(&self) -> usize {
         self.key
     }
+
+    /// Leaves the end of the request to whoever has its key: [`Tracked::owned_request`].
+    pub(super) fn hand_over(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Request<'_> {
@@ -55,6 +60,11 @@ impl<D: Disk> Tracked<D> {
             self.moved.listen().await;
         }
         let key = self.under_way.borrow_mut().insert(range);
+        self.owned_request(key)
+    }
+
+    /// The request of that key, which was handed over.
+    pub(super) fn owned_request(&self, key: usize) -> Request<'_> {
         Request { under_way: &self.under_way, held: &self.held, moved: &self.moved, wrote: &self.history.wrote, key }
     }
 

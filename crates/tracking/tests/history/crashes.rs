@@ -2,6 +2,7 @@
 
 use crate::answers::{all_changes, judge};
 use crate::host::{TestHost, raw};
+use crate::parking::{TestLot, park};
 use chain::Chain;
 use disk::{Buf, ByteRange, Disk, WriteFlags, ZeroMode};
 use std::cell::RefCell;
@@ -123,6 +124,8 @@ fn rounds(seed: u64, power: bool, seen: &mut Seen) {
     let mut image = MemoryStorage::new(size);
     let mut sidecar = MemoryStorage::new(0);
     let truths = Truths::default();
+    // Half of the disks answer first writes early; the lot outlives a kill, and not a power cut.
+    let mut lot = random.bool().then(|| Rc::new(TestLot::default()));
     executor::run(seed, async {
         let options = CreateOptions { granule: GRANULE, size };
         History::create(sidecar.handle(), host.clone(), options).await.expect("no faults");
@@ -136,14 +139,18 @@ fn rounds(seed: u64, power: bool, seen: &mut Seen) {
         let client_seed = random.u64(..);
         let closes = random.u8(..6) == 0;
         {
-            let (host, truths) = (host.clone(), Rc::clone(&truths));
+            let (host, truths, lot) = (host.clone(), Rc::clone(&truths), lot.clone());
             let (image, sidecar) = (disk_storage.clone(), history_storage.clone());
             executor.spawn(async move {
                 let (history, distrust) = History::open(sidecar.handle(), host).await.expect("readable");
                 assert_eq!(distrust, None);
                 history.set_open_limit(OPEN * GRANULE);
                 let history = Rc::new(history);
-                let disk = Rc::new(Tracked::new(raw(image.handle()), Rc::clone(&history)).await.expect("no faults"));
+                let disk = Tracked::new(raw(image.handle()), Rc::clone(&history)).await.expect("no faults");
+                if let Some(lot) = lot {
+                    disk.put_back(lot.left()).await.expect("no faults");
+                    park(&disk, &lot);
+                }
                 if closes {
                     // A short session that ends well: whoever comes next needs no journal.
                     touch(&truths, 0, ByteRange::new(0, 1));
@@ -168,6 +175,7 @@ fn rounds(seed: u64, power: bool, seen: &mut Seen) {
         if power {
             (image, sidecar) = (disk_storage.crash(random.u64(..)), history_storage.crash(random.u64(..)));
             host.restart();
+            lot = lot.map(|_| Rc::default());
         } else {
             image = MemoryStorage::of(disk_storage.memory().snapshot());
             sidecar = MemoryStorage::of(history_storage.memory().snapshot());

@@ -125,7 +125,7 @@ fn crashes_between_groups() {
         executor::run(seed, async {
             let options = CreateOptions { granule: GRANULE, size: SIZE };
             let history = Rc::new(History::create(sidecar.handle(), host.clone(), options).await.unwrap());
-            let disk = Rc::new(Tracked::new(Rc::new(NullDisk(Rc::clone(&touched))), history).await.unwrap());
+            let disk = Tracked::new(Rc::new(NullDisk(Rc::clone(&touched))), history).await.unwrap();
             disk.mark(named("first")).await.unwrap();
         });
         touched.borrow_mut().points.push(Truth::of("first", BTreeSet::new()));
@@ -138,8 +138,7 @@ fn crashes_between_groups() {
                 let (history, distrust) = History::open(handle, host_here).await.expect("readable");
                 assert_eq!(distrust, None);
                 history.set_open_limit(0);
-                let disk =
-                    Rc::new(Tracked::new(Rc::new(NullDisk(Rc::clone(&touched_here))), Rc::new(history)).await.unwrap());
+                let disk = Tracked::new(Rc::new(NullDisk(Rc::clone(&touched_here))), Rc::new(history)).await.unwrap();
                 let tasks: Vec<_> = (0..writers)
                     .map(|n| executor::spawn(writer(Rc::clone(&disk), Rc::clone(&touched_here), n, writers_seed ^ n)))
                     .collect();
@@ -193,7 +192,7 @@ fn what_an_unfinished_checkpoint_left_never_counts() {
         let open = async |sidecar: &MemoryStorage| {
             let (history, distrust) = History::open(sidecar.handle(), host.clone()).await.expect("readable");
             assert_eq!(distrust, None);
-            Rc::new(Tracked::new(Rc::new(NullDisk(Touched::default())), Rc::new(history)).await.unwrap())
+            Tracked::new(Rc::new(NullDisk(Touched::default())), Rc::new(history)).await.unwrap()
         };
         let write = async |disk: &Rc<Tracked<NullDisk>>, granule: u64| {
             let done = disk.write(granule * GRANULE, Buf::copy_of(&[1]), WriteFlags::default()).await;

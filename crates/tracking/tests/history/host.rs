@@ -106,7 +106,7 @@ pub(crate) fn raw(storage: StorageHandle) -> Rc<Chain> {
 pub(crate) async fn tracked(image: StorageHandle, sidecar: StorageHandle, host: &Rc<TestHost>) -> Rc<Tracked<Chain>> {
     let (history, distrust) = History::open(sidecar, Rc::clone(host) as _).await.expect("readable");
     assert_eq!(distrust, None);
-    Rc::new(Tracked::new(raw(image), Rc::new(history)).await.expect("no faults"))
+    Tracked::new(raw(image), Rc::new(history)).await.expect("no faults")
 }
 
 /// The same with a new history.
@@ -118,7 +118,7 @@ pub(crate) async fn created(
 ) -> Rc<Tracked<Chain>> {
     let options = CreateOptions { granule, size: image.size() };
     let history = History::create(sidecar, Rc::clone(host) as _, options).await.expect("no faults");
-    Rc::new(Tracked::new(raw(image), Rc::new(history)).await.expect("no faults"))
+    Tracked::new(raw(image), Rc::new(history)).await.expect("no faults")
 }
 
 /// A point of that name and no set.

@@ -7,6 +7,7 @@ mod damage;
 mod faults;
 mod groups;
 mod host;
+mod parking;
 mod points;
 mod sizes;
 mod views;

@@ -14,7 +14,7 @@ async fn tracked(image: &MemoryStorage, seed: u64) -> Rc<Tracked<chain::Chain>> 
     let sidecar = MemoryStorage::new(0).yielding(seed);
     let options = CreateOptions { granule: GRANULE, size: image.snapshot().size() };
     let history = History::create(sidecar.handle(), TestHost::new(seed), options).await.unwrap();
-    Rc::new(Tracked::new(raw(image.handle()), Rc::new(history)).await.unwrap())
+    Tracked::new(raw(image.handle()), Rc::new(history)).await.unwrap()
 }
 
 async fn change(disk: &DiskHandle, random: &mut fastrand::Rng, size: u64) {

@@ -1,0 +1,155 @@
+//! Writes that are answered before their intents are durable.
+
+use crate::host::{TestHost, raw};
+use chain::Chain;
+use disk::{Buf, Disk, DiskHandle, ErrorKind, Operation, WriteFlags};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use testkit::conformance::{Workload, workload};
+use testkit::executor::{self, Executor};
+use testkit::{MemoryStorage, ModelDisk, seeds};
+use tracking::{CreateOptions, History, Id, NewPoint, ParkingLot, Tracked};
+
+const GRANULE: u64 = 4096;
+
+/// A lot that outlives a kill.
+#[derive(Default)]
+pub(crate) struct TestLot {
+    slots: RefCell<[Option<(u64, Vec<u8>)>; 8]>,
+    pub(crate) used: Cell<u64>,
+}
+
+impl ParkingLot for TestLot {
+    fn slots(&self) -> usize {
+        8
+    }
+    fn slot_bytes(&self) -> usize {
+        8192
+    }
+    fn put(&self, slot: usize, offset: u64, bytes: &[u8]) -> bool {
+        let before = self.slots.borrow_mut()[slot].replace((offset, bytes.to_vec()));
+        assert!(before.is_none(), "a slot is used once");
+        self.used.set(self.used.get() + 1);
+        true
+    }
+    fn get(&self, slot: usize) -> Option<Vec<u8>> {
+        self.slots.borrow()[slot].as_ref().map(|(_, bytes)| bytes.clone())
+    }
+    fn clear(&self, slot: usize) -> bool {
+        self.slots.borrow_mut()[slot].take().is_some()
+    }
+}
+
+impl TestLot {
+    /// What a killed process has left; the lot is empty afterwards.
+    pub(crate) fn left(&self) -> Vec<(u64, Vec<u8>)> {
+        self.slots.borrow_mut().iter_mut().filter_map(Option::take).collect()
+    }
+}
+
+pub(crate) fn park(disk: &Rc<Tracked<Chain>>, lot: &Rc<TestLot>) {
+    disk.park_in(Rc::clone(lot) as Rc<dyn ParkingLot>, Rc::new(|task| drop(executor::spawn(task))));
+}
+
+async fn open(
+    image: &MemoryStorage,
+    sidecar: &MemoryStorage,
+    host: &Rc<TestHost>,
+    lot: &Rc<TestLot>,
+) -> Rc<Tracked<Chain>> {
+    let (history, distrust) = History::open(sidecar.handle(), host.clone()).await.unwrap();
+    assert_eq!(distrust, None);
+    let disk = Tracked::new(raw(image.handle()), Rc::new(history)).await.unwrap();
+    disk.put_back(lot.left()).await.unwrap();
+    park(&disk, lot);
+    disk
+}
+
+async fn create(sidecar: &MemoryStorage, host: &Rc<TestHost>, size: u64) {
+    let options = CreateOptions { granule: GRANULE, size };
+    History::create(sidecar.handle(), host.clone(), options).await.unwrap();
+}
+
+#[test]
+fn what_was_answered_outlives_a_kill() {
+    let mut parked = 0;
+    seeds::each(200, |seed| {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let size = random.u64(10..100) * 512;
+        let host = TestHost::new(seed);
+        let (mut image, mut sidecar) = (MemoryStorage::new(size), MemoryStorage::new(0));
+        let lot = Rc::new(TestLot::default());
+        executor::run(seed, create(&sidecar, &host, size));
+        let mut model = ModelDisk::new(size);
+        for round in 0..4 {
+            let (here, history) = (image.yielding(seed + round), sidecar.yielding(seed * 3 + round));
+            let mut executor = Executor::new(seed * 7 + round);
+            let w = Workload { seed: seed * 9 + round, requests: 40, workers: 4, longest: 6000, ..Workload::default() };
+            {
+                let (image, sidecar, host) = (here.clone(), history.clone(), host.clone());
+                let (model, lot) = (model.clone(), Rc::clone(&lot));
+                executor.spawn(async move {
+                    let disk = open(&image, &sidecar, &host, &lot).await;
+                    let handle = DiskHandle::from_rc(Rc::clone(&disk));
+                    let marker = executor::spawn(async move {
+                        for n in 0..6 {
+                            disk.mark(NewPoint { name: format!("{round}.{n}"), set: Id::NONE }).await.unwrap();
+                        }
+                    });
+                    workload(&handle, &model, w).await.unwrap();
+                    marker.await;
+                    handle.flush().await.unwrap();
+                    model.check_equal(&handle).await.unwrap();
+                });
+            }
+            executor.run_steps(random.u64(..4000));
+            drop(executor);
+            image = MemoryStorage::of(here.snapshot());
+            sidecar = MemoryStorage::of(history.snapshot());
+            // The machine goes on, the process does not. What was under way may or may not have happened.
+            model = executor::run(seed, async {
+                let disk = open(&image, &sidecar, &host, &lot).await;
+                let handle = DiskHandle::from_rc(disk);
+                let found = handle.read(0, Buf::new(size as usize)).await.unwrap();
+                model.check(0, &found);
+                ModelDisk::of(&found)
+            });
+        }
+        parked += lot.used.get();
+    });
+    println!("{parked} writes were parked");
+    assert!(parked > 0 || std::env::var_os("HIGHWATER_SEED").is_some());
+}
+
+#[test]
+fn a_full_disk_is_told_by_the_flush_and_nothing_is_lost() {
+    seeds::each(20, |seed| {
+        executor::run(seed, async move {
+            let host = TestHost::new(seed);
+            let (image, sidecar) = (MemoryStorage::new(1 << 20), MemoryStorage::new(0));
+            let lot = Rc::new(TestLot::default());
+            create(&sidecar, &host, 1 << 20).await;
+            let disk = open(&image, &sidecar, &host, &lot).await;
+            let none = WriteFlags::default();
+            disk.write(0, Buf::copy_of(&[1; 512]), none).await.unwrap();
+            disk.flush().await.unwrap();
+            image.fail_from(Some(Operation::Write), 0, ErrorKind::NoSpace);
+            disk.write(8192, Buf::copy_of(&[2; 512]), none).await.unwrap();
+            assert_eq!(disk.flush().await.unwrap_err().kind(), ErrorKind::NoSpace);
+            assert_eq!(disk.read(8192, Buf::new(1)).await.unwrap_err().kind(), ErrorKind::NoSpace);
+            assert_eq!(disk.write(12288, Buf::copy_of(&[3]), none).await.unwrap_err().kind(), ErrorKind::NoSpace);
+            assert_eq!(disk.read(0, Buf::new(1)).await.unwrap()[0], 1, "other places are as they were");
+            image.heal();
+            assert_eq!(disk.read(8192, Buf::new(1)).await.unwrap()[0], 2);
+            disk.flush().await.unwrap();
+            // A disk that is closed with it leaves it to the next opening.
+            image.fail_from(Some(Operation::Write), 0, ErrorKind::NoSpace);
+            disk.write(16384, Buf::copy_of(&[4; 512]), none).await.unwrap();
+            assert!(disk.close().await.is_err());
+            image.heal();
+            let again =
+                open(&MemoryStorage::of(image.snapshot()), &MemoryStorage::of(sidecar.snapshot()), &host, &lot).await;
+            assert_eq!(again.read(16384, Buf::new(1)).await.unwrap()[0], 4);
+        });
+    });
+}

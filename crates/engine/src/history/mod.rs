@@ -9,8 +9,10 @@
 
 pub(crate) mod contexts;
 mod host;
+mod lot;
 pub(crate) mod marking;
 mod offline;
+mod parked;
 pub(crate) mod questions;
 pub mod report;
 mod sidecar;

@@ -1,6 +1,7 @@
 //! The sidecar file: where it is, how it is made and opened, and what becomes of a damaged one.
 
 use super::host::FileHost;
+use super::parked::Lot;
 use super::{HistoryMode, HistorySpec};
 use crate::images::stack::Stack;
 use crate::{CacheMode, EngineError, durable_file};
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use storage::{FileStorage, LockMode, OpenOptions};
-use tracking::{CreateOptions, History, HistoryError, Tracked};
+use tracking::{CreateOptions, Damage, Distrust, History, HistoryError, Tracked};
 
 /// Between two looks at what is due beside the guest's requests.
 const TICK: Duration = Duration::from_secs(1);
@@ -67,7 +68,27 @@ pub(crate) async fn open(
     chain: Rc<Chain>,
     files: &[FileStorage],
 ) -> Result<Result<Kept, String>, EngineError> {
-    let HistoryRequest { spec, image, .. } = &request;
+    let image = request.image;
+    let mut lot = match request.writable {
+        true => Lot::open(files).await,
+        false => None,
+    };
+    let opened = open_kept(&request, &chain, files, &mut lot).await;
+    match (lot, &opened) {
+        (Some(lot), Ok(Ok(kept))) => lot.use_for(&kept.disk, image).await.map_err(|e| lost(&kept.file, e))?,
+        (Some(lot), Ok(Err(_))) => lot.put_back(&chain, image).await?,
+        _ => {}
+    }
+    opened
+}
+
+async fn open_kept(
+    request: &HistoryRequest<'_>,
+    chain: &Rc<Chain>,
+    files: &[FileStorage],
+    lot: &mut Option<Lot>,
+) -> Result<Result<Kept, String>, EngineError> {
+    let HistoryRequest { spec, image, .. } = request;
     if spec.mode == HistoryMode::Off {
         return Ok(Err("it is switched off".to_owned()));
     }
@@ -76,12 +97,12 @@ pub(crate) async fn open(
         (Some(file), _) => file.clone(),
         (None, false) => sidecar_of(image),
         (None, true) => {
-            return unavailable(spec, &request, "a block device has no place beside it; name a file for it".to_owned());
+            return unavailable(spec, request, "a block device has no place beside it; name a file for it".to_owned());
         }
     };
-    match open_file(&request, file, chain, files).await {
+    match open_file(request, file, Rc::clone(chain), files, lot).await {
         Ok(kept) => Ok(kept),
-        Err(error) => unavailable(spec, &request, crate::chain_text(&error)),
+        Err(error) => unavailable(spec, request, crate::chain_text(&error)),
     }
 }
 
@@ -102,6 +123,7 @@ async fn open_file(
     file: PathBuf,
     chain: Rc<Chain>,
     files: &[FileStorage],
+    lot: &mut Option<Lot>,
 ) -> Result<Result<Kept, String>, EngineError> {
     let host = Rc::new(FileHost::new(Rc::clone(&chain), files.to_vec(), file.clone()));
     let geometry = chain.geometry();
@@ -120,7 +142,16 @@ async fn open_file(
         Err(error) => Err(error.into()),
     };
     let (history, distrust) = match opened {
-        Ok((history, distrust)) => (history, distrust.map(|d| d.to_string())),
+        Ok((history, distrust)) => {
+            if let (Some(lot), Some(_)) = (lot, distrust.as_ref().filter(|d| !matches!(d, Distrust::Lost(_)))) {
+                lot.give_up()?;
+            }
+            (history, distrust.map(|d| d.to_string()))
+        }
+        // A later version's: it is not ours to judge.
+        Err(HistoryError::Damaged(damage @ Damage::Version { .. })) => {
+            return Err(lost(&file, HistoryError::Damaged(damage)));
+        }
         Err(HistoryError::Damaged(damage)) if request.writable => {
             let aside = put_aside(&file).await?;
             let reason = format!(

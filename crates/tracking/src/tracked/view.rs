@@ -98,7 +98,7 @@ impl Preserved {
         if range.is_empty() || self.has_ended() {
             return;
         }
-        let (mut at, end) = (range.offset() >> self.granule_bits, (range.end() - 1 >> self.granule_bits) + 1);
+        let (mut at, end) = (range.offset() >> self.granule_bits, ((range.end() - 1) >> self.granule_bits) + 1);
         while at < end && !self.has_ended() {
             if let Some((until, ())) = self.zero.borrow().get(at) {
                 at = until;

@@ -1,0 +1,193 @@
+//! The parking lot of a disk: a file in memory (tmpfs), which outlives this process and not the machine.
+
+use disk::ByteRange;
+use rustix::fs::{CWD, Mode, OFlags, fstat, fstatfs, openat, unlink};
+use rustix::io::{pread, pwrite};
+use std::cell::RefCell;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use tracking::ParkingLot;
+
+/// Where memory is, as a rule.
+const DIRECTORIES: [&str; 2] = ["/dev/shm", "/run"];
+/// What `statfs` calls it.
+const TMPFS: i64 = 0x0102_1994;
+/// Writes that may be parked.
+const SLOTS: usize = 1024;
+/// Bytes of the longest one. Longer ones are worth a wait.
+const SLOT_BYTES: usize = 16 << 10;
+/// Nanoseconds between the last parking and the end of the writes that were parked, and more.
+const LATER: i128 = 3_000_000_000;
+/// Bytes of a slot's head: magic, checksum, offset, length.
+const HEAD: usize = 32;
+const MAGIC: u32 = 0x4b50_5748; // "HWPK"
+const STRIDE: u64 = (SLOT_BYTES + 4096) as u64;
+
+/// A file in memory with a slot for each parked write.
+pub(super) struct TmpfsLot {
+    file: OwnedFd,
+    path: PathBuf,
+    /// A slot's bytes on their way.
+    scratch: RefCell<Vec<u8>>,
+}
+
+/// A write that an earlier process had parked.
+pub(super) type ParkedWrite = (u64, Vec<u8>);
+
+impl TmpfsLot {
+    /// Opens the lot of the image with that device and inode, or makes it; and what an earlier process has left there.
+    ///
+    /// # Errors
+    /// When there is no memory that outlives the process, or the file there is not ours.
+    pub(super) fn open(device: u64, inode: u64) -> io::Result<(Self, Vec<ParkedWrite>)> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "no file system in memory");
+        for directory in DIRECTORIES {
+            match Self::open_in(Path::new(directory), device, inode) {
+                Ok(found) => return Ok(found),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn open_in(directory: &Path, device: u64, inode: u64) -> io::Result<(Self, Vec<ParkedWrite>)> {
+        let path = directory.join(format!("highwater-{device:x}-{inode:x}.parked"));
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = openat(CWD, &path, flags, Mode::RUSR | Mode::WUSR)?;
+        let refused =
+            |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display())));
+        if i64::from(fstatfs(&file)?.f_type) != TMPFS {
+            return refused("is not in memory");
+        }
+        // The directory may be open to all: what somebody else has put there must not reach the disk.
+        let facts = fstat(&file)?;
+        if facts.st_uid != rustix::process::geteuid().as_raw() || facts.st_mode & 0o7777 != 0o600 || facts.st_nlink != 1
+        {
+            return refused("belongs to somebody else");
+        }
+        let lot = Self { file, path, scratch: RefCell::default() };
+        let slots = usize::try_from(facts.st_size as u64 / STRIDE).unwrap_or(0).saturating_add(1).min(SLOTS);
+        let left = (0..slots).filter_map(|slot| lot.read(slot)).collect();
+        Ok((lot, left))
+    }
+
+    /// Whether a file was modified when nobody can have parked here any more.
+    pub(super) fn is_older_than(&self, image: &fs::Metadata) -> io::Result<bool> {
+        let facts = fstat(&self.file)?;
+        let ours = i128::from(facts.st_mtime) * 1_000_000_000 + i128::from(facts.st_mtime_nsec);
+        let theirs = i128::from(image.mtime()) * 1_000_000_000 + i128::from(image.mtime_nsec());
+        Ok(theirs > ours + LATER)
+    }
+
+    /// Forgets everything.
+    pub(super) fn empty(&self) -> io::Result<()> {
+        Ok(rustix::fs::ftruncate(&self.file, 0)?)
+    }
+
+    /// Takes the file away, if nothing is parked.
+    pub(super) fn remove_if_empty(&self) {
+        if (0..SLOTS).all(|slot| self.read(slot).is_none()) {
+            let _gone = unlink(&self.path);
+        }
+    }
+
+    fn read(&self, slot: usize) -> Option<ParkedWrite> {
+        let at = slot as u64 * STRIDE;
+        let mut head = [0; HEAD];
+        if pread(&self.file, &mut head, at).ok()? < HEAD {
+            return None;
+        }
+        let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let len = word(16) as usize;
+        if word(0) != MAGIC || len > SLOT_BYTES {
+            return None;
+        }
+        let offset = u64::from(word(8)) | u64::from(word(12)) << 32;
+        let mut bytes = vec![0; len];
+        if pread(&self.file, &mut bytes, at + HEAD as u64).ok()? < len {
+            return None;
+        }
+        // A kill amid the writing of a record leaves one that is not whole, and was not answered.
+        let sum = crc32c::crc32c_append(crc32c::crc32c(&head[8..20]), &bytes);
+        (sum == word(4) && ByteRange::checked(offset, len as u64).is_some()).then_some((offset, bytes))
+    }
+}
+
+impl ParkingLot for TmpfsLot {
+    fn slots(&self) -> usize {
+        SLOTS
+    }
+
+    fn slot_bytes(&self) -> usize {
+        SLOT_BYTES
+    }
+
+    fn put(&self, slot: usize, offset: u64, bytes: &[u8]) -> bool {
+        let mut record = self.scratch.borrow_mut();
+        record.clear();
+        record.resize(HEAD, 0);
+        record[..4].copy_from_slice(&MAGIC.to_le_bytes());
+        record[8..16].copy_from_slice(&offset.to_le_bytes());
+        record[16..20].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+        let sum = crc32c::crc32c_append(crc32c::crc32c(&record[8..20]), bytes);
+        record[4..8].copy_from_slice(&sum.to_le_bytes());
+        record.extend_from_slice(bytes);
+        pwrite(&self.file, &record, slot as u64 * STRIDE).is_ok_and(|written| written == record.len())
+    }
+
+    fn get(&self, slot: usize) -> Option<Vec<u8>> {
+        self.read(slot).map(|(_, bytes)| bytes)
+    }
+
+    fn clear(&self, slot: usize) -> bool {
+        pwrite(&self.file, &[0; 4], slot as u64 * STRIDE).is_ok_and(|written| written == 4)
+    }
+}
+
+impl Drop for TmpfsLot {
+    fn drop(&mut self) {
+        self.remove_if_empty();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(inode: u64) -> (TmpfsLot, Vec<ParkedWrite>) {
+        TmpfsLot::open(u64::from(std::process::id()), inode).expect("tests need /dev/shm or /run in memory")
+    }
+
+    #[test]
+    fn records_outlive_their_writer() {
+        let (lot, left) = open(1);
+        assert_eq!(left, []);
+        assert!(lot.put(3, 1 << 40, &[7; 4096]) && lot.put(1000, 5, b"x") && lot.put(0, 0, &[1; SLOT_BYTES]));
+        assert_eq!(lot.get(1000).as_deref(), Some(&b"x"[..]));
+        assert!(lot.clear(0));
+        // As a kill does: no destructor runs.
+        std::mem::forget(lot);
+        let (lot, left) = open(1);
+        assert_eq!(left, [(1 << 40, vec![7; 4096]), (5, b"x".to_vec())]);
+        assert!(lot.clear(3) && lot.clear(1000));
+        let path = lot.path.clone();
+        drop(lot);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn torn_records_and_strangers_are_not_believed() {
+        let (lot, _) = open(2);
+        assert!(lot.put(0, 8192, &[9; 4096]));
+        pwrite(&lot.file, &[1], HEAD as u64 + 100).unwrap();
+        assert_eq!(lot.get(0), None);
+        let path = lot.path.clone();
+        rustix::fs::fchmod(&lot.file, Mode::from_raw_mode(0o644)).unwrap();
+        std::mem::forget(lot);
+        assert!(TmpfsLot::open_in(path.parent().unwrap(), u64::from(std::process::id()), 2).is_err());
+        std::fs::remove_file(path).unwrap();
+    }
+}

@@ -1,0 +1,98 @@
+//! What becomes of writes that a killed process had answered and not done.
+
+use super::lot::{ParkedWrite, TmpfsLot};
+use crate::EngineError;
+use chain::Chain;
+use disk::{Buf, ByteRange, Disk, WriteFlags};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::rc::Rc;
+use storage::FileStorage;
+use tracking::{HistoryError, Tracked};
+
+/// A disk's lot, and what was found in it.
+pub(super) struct Lot {
+    lot: TmpfsLot,
+    left: Vec<ParkedWrite>,
+}
+
+impl Lot {
+    /// Opens the lot of a disk that is about to be written to. `None` where writes are not parked: there is no memory for
+    /// them, or the image is a block device, of which nothing tells whether somebody else wrote to it after a kill.
+    pub(super) async fn open(files: &[FileStorage]) -> Option<Self> {
+        let image = files.first().filter(|image| !image.is_block_device())?.clone();
+        let opened = dataplane::offload(move || {
+            let facts = image.file().metadata()?;
+            let (lot, left) = TmpfsLot::open(facts.dev(), facts.ino())?;
+            let stale = !left.is_empty() && lot.is_older_than(&facts)?;
+            if stale {
+                lot.empty()?;
+            }
+            Ok::<_, std::io::Error>((lot, left, stale))
+        })
+        .await;
+        match opened {
+            Ok((lot, left, false)) => Some(Self { lot, left }),
+            Ok((lot, left, true)) => {
+                tell_given_up(&left);
+                Some(Self { lot, left: Vec::new() })
+            }
+            Err(error) => {
+                tracing::info!(%error, "first writes after a mark wait for a sync: there is no memory to park them in");
+                None
+            }
+        }
+    }
+
+    /// Gives up what was left: the image is not the one that it was meant for.
+    pub(super) fn give_up(&mut self) -> Result<(), EngineError> {
+        let left = std::mem::take(&mut self.left);
+        if left.is_empty() {
+            return Ok(());
+        }
+        tell_given_up(&left);
+        self.lot.empty().map_err(|e| EngineError::file("parking lot", "empty", e))
+    }
+
+    /// Writes what was left, and parks the disk's first writes from now on.
+    pub(super) async fn use_for(mut self, disk: &Rc<Tracked<Chain>>, image: &Path) -> Result<(), HistoryError> {
+        let left = std::mem::take(&mut self.left);
+        if !left.is_empty() {
+            tell_put_back(image, &left);
+            disk.put_back(left).await?;
+        }
+        disk.park_in(Rc::new(self.lot), Rc::new(|task| drop(dataplane::spawn_local(task))));
+        Ok(())
+    }
+
+    /// Writes what was left into a disk whose history is not kept.
+    pub(super) async fn put_back(mut self, chain: &Chain, image: &Path) -> Result<(), EngineError> {
+        let left = std::mem::take(&mut self.left);
+        if left.is_empty() {
+            return Ok(());
+        }
+        tell_put_back(image, &left);
+        let size = chain.geometry().size;
+        for (offset, bytes) in left {
+            if !bytes.is_empty() && ByteRange::checked(offset, bytes.len() as u64).is_some_and(|r| r.end() <= size) {
+                chain.write(offset, Buf::copy_of(&bytes), WriteFlags::default()).await?;
+            }
+        }
+        chain.flush().await?;
+        self.lot.empty().map_err(|e| EngineError::file("parking lot", "empty", e))
+    }
+}
+
+fn tell_put_back(image: &Path, left: &[ParkedWrite]) {
+    let writes = left.len();
+    tracing::warn!(image = %image.display(), writes, "putting back writes that a killed process had answered");
+}
+
+fn tell_given_up(left: &[ParkedWrite]) {
+    let bytes: usize = left.iter().map(|(_, bytes)| bytes.len()).sum();
+    tracing::error!(
+        writes = left.len(),
+        bytes,
+        "writes that a killed process had answered and not done are given up: another program changed the image"
+    );
+}

@@ -346,6 +346,49 @@ impl History {
         Ok(())
     }
 
+    /// The image was changed by somebody who knows of this history, and in no byte that the guest sees, while nobody else
+    /// could write to it: the image as it is now becomes the history's. Nothing may have been written through it.
+    ///
+    /// Crash: until the new superblock is durable the old one counts, and the image is found to be another one.
+    ///
+    /// # Errors
+    /// When the image cannot be looked at, or the sidecar not written: the next opening refuses all points.
+    pub async fn reseal(&self) -> Result<(), HistoryError> {
+        if self.awake.get() {
+            return Ok(()); // Closing it takes down how the image looks.
+        }
+        self.refuse_if_stopped()?;
+        self.host.let_time_pass().await;
+        let facts = self.host.facts().await?;
+        let boot = self.host.boot().id;
+        self.write_superblock(|superblock| {
+            superblock.facts = facts;
+            superblock.boot = boot;
+        })
+        .await
+    }
+
+    /// The image was changed by somebody who knows of this history, but not which bytes of the guest's: all points are
+    /// refused for that reason, and the history goes on under another name. Nothing may have been written through it.
+    ///
+    /// Crash: as with [`History::reseal`].
+    ///
+    /// # Errors
+    /// As with [`History::reseal`].
+    pub async fn distrust(&self, reason: &str) -> Result<(), HistoryError> {
+        self.host.let_time_pass().await;
+        let facts = self.host.facts().await?;
+        self.refuse_points(reason);
+        self.settle(facts, true).await
+    }
+
+    /// Whether these bytes, the first of a file, are those of a history.
+    pub fn is_one(first_bytes: &[u8]) -> bool {
+        layout::SUPERBLOCKS.iter().any(|slot| {
+            first_bytes.get(*slot as usize..).is_some_and(|block| block.starts_with(&crate::superblock::MAGIC))
+        })
+    }
+
     /// The user's word that the image holds nothing that the history does not know: all points are trusted again.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use crate::kind::LAST_EPOCH;
 use crate::layout::{BLOCK, GRANULE_BITS, JOURNAL_BLOCKS, MAX_GRANULES, POINTS_CAPACITY};
 use crate::{Damage, Id, ImageFacts};
 
-const MAGIC: [u8; 8] = *b"HWHISTRY";
+pub(crate) const MAGIC: [u8; 8] = *b"HWHISTRY";
 const VERSION: u32 = 1;
 const SUM_AT: usize = 12;
 /// Longest reason that is kept, in bytes.

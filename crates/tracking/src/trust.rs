@@ -62,6 +62,9 @@ impl fmt::Display for Distrust {
             Self::Modified { recorded, found } => {
                 let seconds = found.saturating_sub(*recorded) / 1_000_000_000;
                 match found > recorded {
+                    true if seconds == 0 => {
+                        write!(f, "another program modified the image soon after it was closed here")
+                    }
                     true => write!(f, "another program modified the image {seconds} s after it was closed here"),
                     false => write!(f, "the image is older than when it was closed here; an earlier copy was put back"),
                 }

@@ -1,12 +1,14 @@
 //! Checking an image's metadata, and mending it.
 
 use super::gate::FileGate;
+use super::mended::Mended;
 use super::report::CheckReport;
 use super::request::{CheckSpec, RepairMode};
 use super::watched::Watched;
 use super::{Progress, ProgressUnit, offload_format};
 use crate::{EngineError, Format};
 use chain::{Access, OpenGate};
+use disk::StorageHandle;
 use formats::qcow2::Header;
 use formats::qcow2::check::{self, Finding, Severity};
 use std::path::PathBuf;
@@ -20,7 +22,27 @@ pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckR
     let access = if spec.repair.is_some() { Access::ReadWrite } else { Access::ReadOnly };
     let gate = FileGate { force_share: spec.force_share && spec.repair.is_none(), ..FileGate::cached() };
     let file = gate.open_storage(&spec.file, access).await?;
-    let storage = Watched::stopping(&file, progress);
+    let mended = match spec.repair {
+        Some(_) => Mended::before(&spec.file, format).await,
+        None => None,
+    };
+    let report = examine(&spec, format, &gate, &file, progress).await;
+    let Some(mended) = mended else { return report };
+    match (&report, Header::read_for_check(&file).await) {
+        (Ok(report), Ok(header)) => mended.after(report.corruptions_fixed == 0, header.history_mark()).await,
+        _ => mended.give_up().await,
+    }
+    report
+}
+
+async fn examine(
+    spec: &CheckSpec,
+    format: Format,
+    gate: &FileGate,
+    file: &StorageHandle,
+    progress: &Progress,
+) -> Result<CheckReport, EngineError> {
+    let storage = Watched::stopping(file, progress);
     let header = Header::read_for_check(&storage).await?;
     // A data file that cannot be found takes nothing from the check of the image itself.
     let data_file = match header.data_file.as_deref().filter(|_| header.has_data_file()) {

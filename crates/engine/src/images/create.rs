@@ -9,14 +9,15 @@ use super::gate::FileGate;
 use super::request::{BackingSpec, CreateSpec, Options, PreallocationMode};
 use super::stack::{OpenRequest, Stack};
 use super::watched::Watched;
-use crate::{EngineError, Format};
+use crate::{EngineError, Format, history};
 use chain::{Access, OpenGate};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation, Preallocation, StorageHandle};
 use formats::qcow2::{self, BackingRef, CreateOptions};
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use tracking::History;
 
 /// Bytes of zeroes written at a time.
 const PIECE: u64 = 1 << 20;
@@ -65,7 +66,12 @@ pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Re
         }
     };
     match result {
-        Ok(created) => Ok(created),
+        Ok(created) => {
+            if image.made.is_none() {
+                remove_history_of_replaced(&spec.file).await;
+            }
+            Ok(created)
+        }
         Err(error) => {
             image.discard().await;
             if let Some(data_file) = data_file {
@@ -74,6 +80,25 @@ pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Re
             Err(if progress.is_cancelled() { EngineError::Cancelled } else { error })
         }
     }
+}
+
+/// Removes the history of an image that is no more, if it has one beside it.
+///
+/// Crash: before that, the new image is found to be another one than the history's, and its marks are refused.
+async fn remove_history_of_replaced(image: &Path) {
+    let sidecar = history::sidecar_of(image);
+    dataplane::offload(move || {
+        let mut first_bytes = Vec::new();
+        let Ok(file) = fs::File::open(&sidecar) else { return };
+        let read = file.take(2 << 12).read_to_end(&mut first_bytes);
+        if read.is_err() || !History::is_one(&first_bytes) {
+            return; // Nothing of ours, or too damaged to be anything.
+        }
+        if let Err(error) = fs::remove_file(&sidecar) {
+            tracing::warn!(history = %sidecar.display(), %error, "the history of the replaced image is left; its marks will be refused");
+        }
+    })
+    .await;
 }
 
 fn invalid(spec: &CreateSpec, why: impl std::fmt::Display) -> EngineError {

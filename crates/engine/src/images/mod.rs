@@ -12,6 +12,7 @@ pub(crate) mod info;
 pub(crate) mod live;
 pub(crate) mod map;
 mod measure;
+mod mended;
 mod progress;
 pub mod report;
 pub mod request;

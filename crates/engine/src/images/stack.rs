@@ -21,6 +21,8 @@ pub(crate) enum HistoryUse {
     None,
     /// It is kept if there is one.
     IfThere,
+    /// The same, and it can be written though the image is only read: by who changes the image in another way.
+    Mended,
     /// It is kept as the spec says.
     Kept(HistorySpec),
 }
@@ -198,7 +200,7 @@ async fn open_history(
     let spec = match &request.history {
         HistoryUse::None => return Ok(Err("it was not opened".to_owned())),
         HistoryUse::Kept(spec) => spec.clone(),
-        HistoryUse::IfThere => {
+        HistoryUse::IfThere | HistoryUse::Mended => {
             let sidecar = history::sidecar_of(&request.image.file);
             match dataplane::offload(move || sidecar.exists()).await {
                 true => HistorySpec::default(),
@@ -207,7 +209,8 @@ async fn open_history(
         }
     };
     let OpenRequest { image, writable, cache, .. } = request;
-    let asked = history::HistoryRequest { spec: &spec, image: &image.file, writable: *writable, cache: *cache };
+    let writable = *writable || request.history == HistoryUse::Mended;
+    let asked = history::HistoryRequest { spec: &spec, image: &image.file, writable, cache: *cache };
     history::open(asked, Rc::clone(chain), files).await
 }
 

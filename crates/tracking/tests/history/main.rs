@@ -11,4 +11,5 @@ mod parking;
 mod points;
 mod sizes;
 mod views;
+mod resealed;
 mod zeroes;

@@ -69,6 +69,7 @@ pub(crate) enum Verb {
     /// Serve the disks of the catalogue, and the API
     Daemon(DaemonArgs),
     /// Name an instant of disks, to ask later what changed since: disks of the daemon, or files that nobody serves
+    #[command(override_usage = "highwater mark [OPTIONS] <DISK>... <NAME>")]
     Mark(MarkArgs),
     /// Work with the marks of a disk
     #[command(subcommand)]
@@ -362,7 +363,7 @@ pub(crate) struct HistoryOfArgs {
 #[derive(Debug, Args)]
 pub(crate) struct MarkArgs {
     /// Disks of the daemon, its virtual machines (all of their disks), or files; and the mark's name
-    #[arg(required = true, num_args = 2.., value_names = ["DISK", "NAME"])]
+    #[arg(required = true, value_name = "DISK… NAME")]
     pub(crate) disks_and_name: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) of: HistoryOfArgs,
@@ -716,7 +717,7 @@ mod tests {
             "disk unexport a",
             "disk unexport a e --all",
             "create -f vdi x 1M",
-            "mark a",
+            "mark",
             "changes a",
             "serve --socket-mode 600 a.raw",
         ] {

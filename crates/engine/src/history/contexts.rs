@@ -5,7 +5,7 @@ use crate::home::{DiskId, stack_here};
 use disk::{ByteRange, DiskError, DiskHandle, ErrorKind, LocalFuture, Operation, Result};
 use export_nbd::{ContextSource, MetaContext, StatusRun};
 use std::sync::Arc;
-use tracking::ChangeKind;
+use tracking::{ChangeKind, Id};
 
 /// Bit 0: the range has changed.
 const CHANGED: u32 = 1;
@@ -27,6 +27,8 @@ enum Words {
 struct Changes {
     name: String,
     mark: String,
+    /// Another mark of the same name is another one.
+    id: Id,
     /// Up to this mark instead of now.
     until: Option<String>,
     words: Words,
@@ -39,6 +41,9 @@ impl Changes {
         let kept = stack.kept().map_err(|e| e.to_string())?;
         let history = kept.history();
         let query = history.changes(&self.mark, self.until.as_deref()).map_err(|e| e.to_string())?;
+        if query.since.id != self.id {
+            return Err(format!("mark {:?} is another one than when the client connected; connect again", self.mark));
+        }
         let query = query.up_to(range.end());
         let span = history.next_changes(&query, range.offset(), 1).await.map_err(|e| e.to_string())?;
         let looked_at = span.next.unwrap_or(range.end());
@@ -101,8 +106,8 @@ fn source(disk: DiskId, until: Option<String>) -> ContextSource {
         for point in points.into_iter().filter(|point| point.refused.is_none() && point.epoch <= last) {
             for (prefix, words) in [("qemu:dirty-bitmap:", Words::Dirty), ("highwater:changes:", Words::Typed)] {
                 let name = format!("{prefix}{}", point.name);
-                let (mark, until) = (point.name.clone(), until.clone());
-                contexts.push(Arc::new(Changes { name, mark, until, words, disk }));
+                let (mark, id, until) = (point.name.clone(), point.id, until.clone());
+                contexts.push(Arc::new(Changes { name, mark, id, until, words, disk }));
             }
         }
         contexts

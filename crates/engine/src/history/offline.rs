@@ -8,6 +8,8 @@ use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{Workshop, closing, offload_format};
 use crate::{EngineError, Format};
 use serde::{Deserialize, Serialize};
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::rc::Rc;
 use tracking::{Consistency, NewPoint};
@@ -33,17 +35,22 @@ async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, Engin
     Ok(Rc::new(Stack::open(&request).await?))
 }
 
-/// Opens it for writing, but makes no history where none is.
-async fn open_with_history(source: &HistorySource) -> Result<Rc<Stack>, EngineError> {
-    let sidecar = source.history.file.clone().unwrap_or_else(|| sidecar_of(&source.file));
-    let there = sidecar.clone();
-    if !dataplane::offload(move || there.exists()).await {
+/// Opens it, but makes no history where none is.
+async fn open_with_history(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
+    let (image, file) = (source.file.clone(), source.history.file.clone());
+    let missing = dataplane::offload(move || {
+        let device = || fs::metadata(&image).is_ok_and(|facts| facts.file_type().is_block_device());
+        // A block device has no place for one, which opening it says.
+        let sidecar = file.or_else(|| (!device()).then(|| sidecar_of(&image)))?;
+        (image.exists() && !sidecar.exists()).then_some(sidecar)
+    });
+    if let Some(sidecar) = missing.await {
         return Err(EngineError::NoHistory {
             image: source.file.clone(),
             reason: format!("there is no {}; `highwater mark` makes one", sidecar.display()),
         });
     }
-    open(source, true).await
+    open(source, writable).await
 }
 
 fn name_of(source: &HistorySource) -> String {
@@ -89,7 +96,7 @@ impl Workshop {
     /// When the image cannot be opened, or has no history.
     pub async fn marks(&self, source: HistorySource) -> Result<(HistoryReport, Vec<MarkReport>), EngineError> {
         self.run(move || async move {
-            let stack = open(&source, false).await?;
+            let stack = open_with_history(&source, false).await?;
             let marks = stack.marks(&name_of(&source)).map(|marks| (stack.history_report(), marks));
             closing(&stack, marks).await
         })
@@ -102,7 +109,7 @@ impl Workshop {
     /// When the image cannot be opened, has no history, or no such mark.
     pub async fn mark_named(&self, source: HistorySource, name: String) -> Result<MarkReport, EngineError> {
         self.run(move || async move {
-            let stack = open(&source, false).await?;
+            let stack = open_with_history(&source, false).await?;
             let mark = stack.mark_named(&name_of(&source), &name);
             closing(&stack, mark).await
         })
@@ -153,7 +160,7 @@ impl Workshop {
     /// When there is none of that name, or the history cannot be written.
     pub async fn delete_mark(&self, source: HistorySource, name: String) -> Result<(), EngineError> {
         self.run(move || async move {
-            let stack = open_with_history(&source).await?;
+            let stack = open_with_history(&source, true).await?;
             let deleted = stack.delete_mark(&name).await;
             closing(&stack, deleted).await
         })
@@ -166,7 +173,7 @@ impl Workshop {
     /// When there is no history, or it cannot be written.
     pub async fn trust_history(&self, source: HistorySource) -> Result<Vec<MarkReport>, EngineError> {
         self.run(move || async move {
-            let stack = open_with_history(&source).await?;
+            let stack = open_with_history(&source, true).await?;
             let trusted = match stack.trust_history().await {
                 Ok(()) => stack.marks(&name_of(&source)),
                 Err(error) => Err(error),
@@ -187,7 +194,7 @@ impl Workshop {
         until: Option<String>,
     ) -> Result<ChangesReport, EngineError> {
         self.run(move || async move {
-            let stack = open(&source, false).await?;
+            let stack = open_with_history(&source, false).await?;
             let changes = stack.changes(&name_of(&source), &since, until.as_deref(), 0, usize::MAX).await;
             closing(&stack, changes).await
         })

@@ -14,7 +14,7 @@ use std::path::Path;
 
 pub(crate) async fn mark(global: &Global, args: MarkArgs) -> Outcome {
     let Some((name, disks)) = args.disks_and_name.split_last().filter(|(_, disks)| !disks.is_empty()) else {
-        return Err(anyhow!("nothing to mark: expected DISK… NAME").into());
+        return Err(Failure::from(anyhow!("nothing to mark: expected DISK… NAME")).with_code(exit::USAGE));
     };
     let Some(name) = name.to_str().map(str::to_owned) else {
         return Err(anyhow!("{}: a mark's name is UTF-8 text", name.display()).into());

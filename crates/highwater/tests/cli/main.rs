@@ -1,10 +1,12 @@
 //! The real binary, judged by qemu-img and real NBD clients.
 
+mod changes;
 mod daemon;
 mod freeze;
 mod images;
 mod live_disks;
 mod long_work;
+mod marks;
 mod safety;
 mod scripted_agent;
 mod serve;

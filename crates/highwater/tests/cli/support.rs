@@ -232,6 +232,16 @@ impl Server {
         self.child.wait().expect("the server ends")
     }
 
+    /// Waits until it ends, and gives what it has written to standard error.
+    #[track_caller]
+    pub(crate) fn errors_at_end(mut self) -> String {
+        let mut text = String::new();
+        let mut err = self.child.stderr.take().expect("piped");
+        err.read_to_string(&mut text).expect("text");
+        assert!(self.child.wait().expect("the server ends").success(), "{text}");
+        text
+    }
+
     /// Ends it with SIGKILL and waits.
     pub(crate) fn kill(mut self) {
         self.child.kill().expect("kill");

@@ -35,6 +35,17 @@ impl History {
         change: impl FnOnce(&mut Superblock),
     ) -> Result<(), HistoryError> {
         let _one = self.checkpointing.lock().await;
+        let work = self.begin_work(false);
+        let result = self.checkpoint_alone(points, change).await;
+        work.finish();
+        result
+    }
+
+    async fn checkpoint_alone(
+        &self,
+        points: Option<PointsEdit>,
+        change: impl FnOnce(&mut Superblock),
+    ) -> Result<(), HistoryError> {
         if self.storage.limits().read_only {
             // Not a failure that gives the history up: nobody but its reader asked.
             let error = DiskError::new(ErrorKind::ReadOnly, Operation::Write).on(self.storage.name());

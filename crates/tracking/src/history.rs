@@ -97,6 +97,8 @@ pub struct History {
     /// Why tracking is to stop, from the moment that this is decided: nothing is recorded any more, and nobody may write
     /// before the sidecar says so.
     pub(crate) giving_up: RefCell<Option<String>>,
+    /// The disk is being closed: [`History::tend`] ends.
+    pub(crate) closing: Cell<bool>,
     /// Flushes of the image are not waited for.
     pub(crate) flushes_void: Cell<bool>,
 }
@@ -278,6 +280,7 @@ impl History {
             wrote: Cell::new(false),
             stopped: RefCell::default(),
             giving_up: RefCell::default(),
+            closing: Cell::new(false),
             flushes_void: Cell::new(false),
         }
     }

@@ -171,9 +171,9 @@ impl History {
                 continue;
             }
             self.committing.set(true);
+            let work = self.begin_work(true);
             let result = self.commit_queue().await;
-            self.committing.set(false);
-            self.changed.notify(usize::MAX);
+            work.finish();
             result?;
         }
         Ok(())
@@ -323,15 +323,53 @@ impl History {
         if kept && let Some(reason) = self.giving_up.borrow().clone() {
             return Err(HistoryError::Stopped { reason });
         }
+        let work = self.begin_work(false);
         let mut next = self.state.borrow().superblock.clone();
         change(&mut next);
         next.sequence += 1;
         next.time = self.host.now();
         let place = layout::SUPERBLOCKS[(next.sequence & 1) as usize];
-        self.storage.write(place, Buf::copy_of(&next.encode())).await?;
-        self.storage.sync().await?;
+        let written = match self.storage.write(place, Buf::copy_of(&next.encode())).await {
+            Ok(_) => self.storage.sync().await,
+            Err(error) => Err(error),
+        };
+        work.finish();
+        written?;
         self.state.borrow_mut().superblock = next;
         Ok(())
+    }
+
+    /// Work that must be polled to its end.
+    pub(crate) fn begin_work(&self, commits: bool) -> Work<'_> {
+        Work { history: self, commits, finished: false }
+    }
+}
+
+/// Work on the sidecar. When it is dropped half-way, its requests go on to their ends at some time, and nobody knows what
+/// they overwrite: then the history is given up.
+#[must_use]
+pub(crate) struct Work<'a> {
+    history: &'a History,
+    /// It commits intents, for others as well.
+    commits: bool,
+    finished: bool,
+}
+
+impl Work<'_> {
+    pub(crate) fn finish(mut self) {
+        self.finished = true;
+    }
+}
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.history.giving_up.borrow_mut().get_or_insert_with(|| "work on the history was abandoned".to_owned());
+        }
+        if self.commits {
+            self.history.committing.set(false);
+            self.history.changed.notify(usize::MAX);
+        }
     }
 }
 

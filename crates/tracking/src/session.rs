@@ -124,19 +124,22 @@ impl History {
         Ok(())
     }
 
-    /// Does what is due beside the guest's requests, until [`History::end_tending`]: intents ahead of sequential writers, signs of life, and the
+    /// Does what is due beside the guest's requests, until the disk is closed, tracking stops or
+    /// [`History::end_tending`]: intents ahead of sequential writers, signs of life, and the
     /// table when the journal is half full or `idle` rounds have passed since something changed. `tick` waits for about
     /// a second.
+    ///
+    /// To be polled to its end: if it is dropped while it works on the sidecar, the history is given up.
     pub async fn tend<F: Future<Output = ()>>(&self, tick: impl Fn() -> F) {
         /// Rounds after which the table is written though the journal has room.
         const ROUNDS: u32 = 10;
         let mut rounds = 0;
-        loop {
+        while !self.closing.get() {
             let woken = {
                 let wanted = self.wanted.listen();
                 matches!(select(pin!(wanted), pin!(tick())).await, Either::Left(_))
             };
-            if self.is_stopped() || self.tending_ends.get() {
+            if self.is_stopped() || self.closing.get() || self.tending_ends.get() {
                 return;
             }
             if !woken {

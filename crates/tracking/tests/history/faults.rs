@@ -3,9 +3,11 @@
 use crate::answers::{all_changes, judge};
 use crate::host::{TestHost, created, named, raw, tracked};
 use disk::{Buf, Disk, DiskHandle, ErrorKind, LocalFuture, Operation, WriteFlags};
+use futures_util::future::select;
+use std::cell::RefCell;
 use std::rc::Rc;
 use testkit::conformance::{Workload, workload};
-use testkit::executor::{self, yield_now};
+use testkit::executor::{self, Executor, yield_now};
 use testkit::{CrashStorage, MemoryStorage, ModelDisk, seeds};
 use tracking::{Distrust, History, HistoryError, Tracked};
 
@@ -25,7 +27,9 @@ struct After {
 fn session(seed: u64, fault: impl FnOnce(&MemoryStorage)) -> After {
     let (image, sidecar) = (CrashStorage::new(SIZE).yielding(seed), CrashStorage::new(0).yielding(seed + 1));
     let host = TestHost::new(seed);
-    let (content, stopped) = executor::run(seed, async {
+    let told = Rc::new(RefCell::new(None));
+    let mut executor = Executor::new(seed);
+    executor.spawn(async {
         let disk = created(image.handle(), sidecar.handle(), &host, GRANULE).await;
         disk.history().set_open_limit(8 * GRANULE);
         let model = ModelDisk::new(SIZE);
@@ -38,15 +42,17 @@ fn session(seed: u64, fault: impl FnOnce(&MemoryStorage)) -> After {
         let tender = {
             let disk = Rc::clone(&disk);
             executor::spawn(async move {
-                let ended = futures_util::future::select(
-                    Box::pin(disk.history().tend(yield_now)),
-                    Box::pin(async {
-                        for _ in 0..2000 {
-                            yield_now().await;
-                        }
-                    }),
-                );
-                ended.await;
+                let tend = Box::pin(disk.history().tend(yield_now));
+                if !seed.is_multiple_of(5) {
+                    return tend.await;
+                }
+                // Dropped in the middle of its work.
+                let soon = async {
+                    for _ in 0..seed * 3 {
+                        yield_now().await;
+                    }
+                };
+                select(tend, Box::pin(soon)).await;
             })
         };
         let points = {
@@ -62,7 +68,6 @@ fn session(seed: u64, fault: impl FnOnce(&MemoryStorage)) -> After {
             .await
             .expect("the guest sees nothing");
         points.await;
-        tender.await;
         model.check_equal(&handle).await.expect("the guest sees nothing");
         let stopped = disk.history().info().stopped;
         if stopped.is_some() {
@@ -71,10 +76,16 @@ fn session(seed: u64, fault: impl FnOnce(&MemoryStorage)) -> After {
         }
         if seed.is_multiple_of(3) {
             handle.close().await.expect("the guest sees nothing");
+            tender.await;
         }
         // The close may have met the fault, too.
-        (content, disk.history().info().stopped)
+        *told.borrow_mut() = Some((content, disk.history().info().stopped));
     });
+    while told.borrow().is_none() {
+        assert!(executor.step(), "deadlock");
+    }
+    drop(executor);
+    let (content, stopped) = told.take().expect("seen above");
     sidecar.memory().heal();
     sidecar.memory().full_at(u64::MAX);
     After { image, sidecar, host, content, stopped }

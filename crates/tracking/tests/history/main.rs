@@ -9,7 +9,7 @@ mod groups;
 mod host;
 mod parking;
 mod points;
+mod resealed;
 mod sizes;
 mod views;
-mod resealed;
 mod zeroes;

@@ -426,6 +426,30 @@ pub(crate) enum MarksVerb {
         #[command(flatten)]
         of: HistoryOfArgs,
     },
+    /// Take a mark since which everything has changed that a persistent bitmap of QEMU's calls dirty
+    Import {
+        /// A qcow2 file that nobody uses
+        file: PathBuf,
+        /// The bitmap
+        bitmap: String,
+        /// The mark's name; the bitmap's when absent
+        #[arg(long = "as", value_name = "NAME")]
+        mark: Option<String>,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+    },
+    /// Store what changed since a mark as a persistent bitmap of QEMU's
+    Export {
+        /// A qcow2 file that nobody uses
+        file: PathBuf,
+        /// The mark
+        name: String,
+        /// The bitmap's name; the mark's when absent
+        #[arg(long = "as", value_name = "BITMAP")]
+        bitmap: Option<String>,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+    },
     /// Accept, on your word, that nobody has changed the image unseen: refused marks can be used again
     Trust {
         /// A file, or the name of a disk of the daemon

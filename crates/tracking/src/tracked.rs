@@ -13,7 +13,9 @@ pub use view::View;
 use crate::epoch_marks::Run;
 use crate::history::History;
 use crate::{ChangeKind, HistoryError};
-use disk::{Buf, ByteRange, Disk, DiskExtent, DiskGeometry, Result, WriteFlags, ZeroMode};
+use disk::{
+    Buf, ByteRange, Disk, DiskError, DiskExtent, DiskGeometry, ErrorKind, Operation, Result, WriteFlags, ZeroMode,
+};
 use event_listener::Event;
 use futures_util::future::Either;
 use parking::Parking;
@@ -78,6 +80,19 @@ impl<D: Disk> Tracked<D> {
     /// The disk below.
     pub fn inner(&self) -> &Rc<D> {
         &self.inner
+    }
+
+    /// Records a range as changed by now, durably on return, though nothing is written: another tracker knows of the change.
+    ///
+    /// # Errors
+    /// When the range lies outside the disk, or the sidecar cannot be written.
+    pub async fn record(&self, range: ByteRange) -> Result<()> {
+        let size = self.inner.geometry().size;
+        if range.is_empty() || range.end() > size {
+            return Err(DiskError::new(ErrorKind::OutOfRange, Operation::Write).at(range));
+        }
+        let _request = self.enter(range).await;
+        self.history.declare(range).await
     }
 
     /// What was zeroed or discarded, and is durable now, is so in the history as well.

@@ -7,6 +7,7 @@
 //! marking (several disks at one instant, guests frozen) · contexts (NBD) · offline (files that nobody serves)
 //! ```
 
+mod bitmaps;
 pub(crate) mod contexts;
 mod host;
 mod lot;

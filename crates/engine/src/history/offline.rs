@@ -25,7 +25,7 @@ pub struct HistorySource {
     pub history: HistorySpec,
 }
 
-async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
+pub(super) async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
     let format = offload_format(source.file.clone(), source.format).await?;
     let request = OpenRequest {
         writable,
@@ -36,7 +36,7 @@ async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, Engin
 }
 
 /// Opens it, but makes no history where none is.
-async fn open_with_history(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
+pub(super) async fn open_with_history(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
     let (image, file) = (source.file.clone(), source.history.file.clone());
     let missing = dataplane::offload(move || {
         let device = || fs::metadata(&image).is_ok_and(|facts| facts.file_type().is_block_device());
@@ -53,7 +53,7 @@ async fn open_with_history(source: &HistorySource, writable: bool) -> Result<Rc<
     open(source, writable).await
 }
 
-fn name_of(source: &HistorySource) -> String {
+pub(super) fn name_of(source: &HistorySource) -> String {
     source.file.display().to_string()
 }
 

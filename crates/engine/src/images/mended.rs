@@ -9,7 +9,7 @@ use disk::HistoryMark;
 use std::path::{Path, PathBuf};
 
 /// An image and its history, as they were before.
-pub(super) struct Mended {
+pub(crate) struct Mended {
     stack: Stack,
     mark: Option<HistoryMark>,
 }
@@ -20,7 +20,7 @@ impl Mended {
     ///
     /// Crash: what is written to the image from here on makes it another one than the history's, until
     /// [`Mended::after`] says otherwise.
-    pub(super) async fn before(file: &Path, format: Format) -> Option<Self> {
+    pub(crate) async fn before(file: &Path, format: Format) -> Option<Self> {
         // Without locks of its own, as the caller's are there.
         let request = OpenRequest {
             force_share: true,
@@ -40,7 +40,7 @@ impl Mended {
     }
 
     /// What was done to the image, which bears that mark now: `harmless`, if no byte that a guest sees was changed.
-    pub(super) async fn after(self, harmless: bool, mark: Option<HistoryMark>) {
+    pub(crate) async fn after(self, harmless: bool, mark: Option<HistoryMark>) {
         let image = self.stack.image().to_owned();
         if let Ok(kept) = self.stack.history() {
             let history = kept.history();
@@ -62,7 +62,7 @@ impl Mended {
     }
 
     /// The repair has failed: the image speaks for itself.
-    pub(super) async fn give_up(self) {
+    pub(crate) async fn give_up(self) {
         let image = self.stack.image().to_owned();
         close(&self.stack, image).await;
     }

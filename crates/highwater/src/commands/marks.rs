@@ -74,6 +74,22 @@ pub(crate) async fn run(global: &Global, verb: MarksVerb) -> Outcome {
                 output::table(&HEADING, marks.iter().map(row))?;
             }
         }
+        MarksVerb::Import { file, bitmap, mark, of } => {
+            let (source, name) = (target::history_source(&file, &of)?, mark.unwrap_or_else(|| bitmap.clone()));
+            let mark = target::workshop()?.import_bitmap(source, bitmap, name).await?;
+            if global.wants_json() {
+                output::json(&mark)?;
+            } else if !global.quiet {
+                output::table(&HEADING, [row(&mark)])?;
+            }
+        }
+        MarksVerb::Export { file, name, bitmap, of } => {
+            let bitmap = bitmap.unwrap_or_else(|| name.clone());
+            target::workshop()?.export_bitmap(target::history_source(&file, &of)?, name, bitmap.clone()).await?;
+            if !global.wants_json() && !global.quiet {
+                output::line(&format!("{}: bitmap {bitmap:?} stored", file.display()))?;
+            }
+        }
         MarksVerb::Show { disk, name, of } => {
             let mark = match target::find(global, &disk).await? {
                 Target::Disk(client, disk) => {

@@ -1,5 +1,6 @@
 //! The real binary, judged by qemu-img and real NBD clients.
 
+mod bitmaps;
 mod changes;
 mod daemon;
 mod freeze;
@@ -11,3 +12,4 @@ mod safety;
 mod scripted_agent;
 mod serve;
 mod support;
+mod views;

@@ -57,7 +57,12 @@ impl JobKind {
     /// [`EngineError::Invalid`].
     pub fn validate(&self) -> Result<(), EngineError> {
         self.sources().into_iter().try_for_each(SourceSpec::validate)?;
-        self.own_files().into_iter().try_for_each(require_absolute)
+        let history = match self {
+            Self::Check(spec) => spec.history_file.as_deref(),
+            Self::Resize(spec) => spec.history_file.as_deref(),
+            _ => None,
+        };
+        self.own_files().into_iter().chain(history).try_for_each(require_absolute)
     }
 
     /// The images that are only read.

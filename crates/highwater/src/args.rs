@@ -176,6 +176,9 @@ pub(crate) struct CheckArgs {
     /// What to mend
     #[arg(short = 'r', long, value_name = "WHAT", value_parser = choices::repair())]
     pub(crate) repair: Option<RepairMode>,
+    /// The file of the image's history [default: beside the image, with .history behind its name]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) history_file: Option<PathBuf>,
     /// Check though somebody writes to it
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
@@ -267,6 +270,9 @@ pub(crate) struct ResizeArgs {
     /// The file's format; by its extension when absent
     #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) format: Option<Format>,
+    /// The file of the image's history [default: beside the image, with .history behind its name]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) history_file: Option<PathBuf>,
     /// The disk may lose bytes at its end
     #[arg(long)]
     pub(crate) shrink: bool,

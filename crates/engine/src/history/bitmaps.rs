@@ -63,7 +63,7 @@ impl Workshop {
             drop(stack); // And with it the locks.
             let storage = FileGate::cached().open_storage(&source.file, Access::ReadWrite).await?;
             // Storing a bitmap changes the file, and no byte that a guest sees.
-            let mended = Mended::before(&source.file, format).await;
+            let mended = Mended::before(&source.file, format, source.history.file.clone()).await;
             let stored = store(&storage, &bitmap, &dirty).await;
             let Some(mended) = mended else { return stored };
             match (&stored, Header::read(&storage).await) {

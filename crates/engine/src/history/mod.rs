@@ -23,6 +23,6 @@ pub(crate) mod views;
 pub use marking::{FreezeSpec, MarkSpec};
 pub use offline::{HistorySource, refuse_freeze};
 pub use sidecar::sidecar_of;
-pub(crate) use sidecar::{HistoryRequest, Kept, open};
+pub(crate) use sidecar::{HistoryRequest, Kept, is_history, open};
 pub use spec::{HistoryMode, HistorySpec};
 pub use views::{ViewReport, ViewSpec};

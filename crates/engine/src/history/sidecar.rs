@@ -10,7 +10,7 @@ use dataplane::LocalTask;
 use disk::{Disk, DiskError, StorageHandle};
 use std::cell::RefCell;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -152,6 +152,13 @@ async fn open_file(
         Err(HistoryError::Damaged(damage @ Damage::Version { .. })) => {
             return Err(lost(&file, HistoryError::Damaged(damage)));
         }
+        Err(HistoryError::Damaged(damage)) if request.spec.file.is_some() && !is_history(file.clone()).await => {
+            // Perhaps a slip of who named it: it may be anything, an image too.
+            return Err(EngineError::Invalid(format!(
+                "{} is no history ({damage}), and is left alone; name another file",
+                file.display()
+            )));
+        }
         Err(HistoryError::Damaged(damage)) if request.writable => {
             let aside = put_aside(&file).await?;
             let reason = format!(
@@ -178,6 +185,16 @@ async fn open_file(
     let tender =
         request.writable.then(|| dataplane::spawn_local(async move { history.tend(|| dataplane::sleep(TICK)).await }));
     Ok(Ok(Kept { disk, file, distrust, tender: RefCell::new(tender) }))
+}
+
+/// Whether a file begins as histories do.
+pub(crate) async fn is_history(file: PathBuf) -> bool {
+    dataplane::offload(move || {
+        let mut first_bytes = Vec::new();
+        let read = fs::File::open(file).and_then(|file| file.take(8192).read_to_end(&mut first_bytes));
+        read.is_ok() && History::is_one(&first_bytes)
+    })
+    .await
 }
 
 fn lost(file: &Path, error: HistoryError) -> EngineError {

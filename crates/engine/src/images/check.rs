@@ -23,7 +23,7 @@ pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckR
     let gate = FileGate { force_share: spec.force_share && spec.repair.is_none(), ..FileGate::cached() };
     let file = gate.open_storage(&spec.file, access).await?;
     let mended = match spec.repair {
-        Some(_) => Mended::before(&spec.file, format).await,
+        Some(_) => Mended::before(&spec.file, format, spec.history_file.clone()).await,
         None => None,
     };
     let report = examine(&spec, format, &gate, &file, progress).await;

@@ -14,10 +14,9 @@ use chain::{Access, OpenGate};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation, Preallocation, StorageHandle};
 use formats::qcow2::{self, BackingRef, CreateOptions};
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use tracking::History;
 
 /// Bytes of zeroes written at a time.
 const PIECE: u64 = 1 << 20;
@@ -87,13 +86,10 @@ pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Re
 /// Crash: before that, the new image is found to be another one than the history's, and its marks are refused.
 async fn remove_history_of_replaced(image: &Path) {
     let sidecar = history::sidecar_of(image);
+    if !history::is_history(sidecar.clone()).await {
+        return; // None, or nothing of ours, or too damaged to be anything.
+    }
     dataplane::offload(move || {
-        let mut first_bytes = Vec::new();
-        let Ok(file) = fs::File::open(&sidecar) else { return };
-        let read = file.take(2 << 12).read_to_end(&mut first_bytes);
-        if read.is_err() || !History::is_one(&first_bytes) {
-            return; // Nothing of ours, or too damaged to be anything.
-        }
         if let Err(error) = fs::remove_file(&sidecar) {
             tracing::warn!(history = %sidecar.display(), %error, "the history of the replaced image is left; its marks will be refused");
         }

@@ -20,11 +20,11 @@ impl Mended {
     ///
     /// Crash: what is written to the image from here on makes it another one than the history's, until
     /// [`Mended::after`] says otherwise.
-    pub(crate) async fn before(file: &Path, format: Format) -> Option<Self> {
+    pub(crate) async fn before(file: &Path, format: Format, history: Option<PathBuf>) -> Option<Self> {
         // Without locks of its own, as the caller's are there.
         let request = OpenRequest {
             force_share: true,
-            history: HistoryUse::Mended,
+            history: HistoryUse::Mended(history),
             ..OpenRequest::reading(file.to_owned(), format)
         };
         let stack = Stack::open(&request).await.inspect_err(|error| {

@@ -215,6 +215,10 @@ pub struct CheckSpec {
     /// Check though somebody writes to it; what is found may have been passing.
     #[serde(default)]
     pub force_share: bool,
+    /// Its history, when that is not beside it; an absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub history_file: Option<PathBuf>,
 }
 
 /// How much space a conversion would take.
@@ -305,4 +309,8 @@ pub struct ResizeSpec {
     /// How much to set aside.
     #[serde(default)]
     pub preallocation: PreallocationMode,
+    /// Its history, when that is not beside it; an absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub history_file: Option<PathBuf>,
 }

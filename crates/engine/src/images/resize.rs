@@ -25,8 +25,11 @@ impl From<PreallocationMode> for Preallocation {
 /// Changes the size.
 pub(crate) async fn resize(spec: ResizeSpec, progress: &Progress) -> Result<ImageInfo, EngineError> {
     let format = offload_format(spec.file.clone(), spec.format).await?;
-    let request =
-        OpenRequest { writable: true, history: HistoryUse::IfThere, ..OpenRequest::reading(spec.file.clone(), format) };
+    let request = OpenRequest {
+        writable: true,
+        history: HistoryUse::IfThere(spec.history_file),
+        ..OpenRequest::reading(spec.file.clone(), format)
+    };
     let stack = Stack::open(&request).await?;
     let result = change(&stack, spec.size, spec.shrink, spec.preallocation, progress).await;
     closing(&stack, result).await?;

@@ -19,10 +19,10 @@ pub(crate) enum HistoryUse {
     /// Nothing. Who writes like this breaks it.
     #[default]
     None,
-    /// It is kept if there is one.
-    IfThere,
+    /// It is kept if there is one; in that file, or beside the image.
+    IfThere(Option<PathBuf>),
     /// The same, and it can be written though the image is only read: by who changes the image in another way.
-    Mended,
+    Mended(Option<PathBuf>),
     /// It is kept as the spec says.
     Kept(HistorySpec),
 }
@@ -200,16 +200,16 @@ async fn open_history(
     let spec = match &request.history {
         HistoryUse::None => return Ok(Err("it was not opened".to_owned())),
         HistoryUse::Kept(spec) => spec.clone(),
-        HistoryUse::IfThere | HistoryUse::Mended => {
-            let sidecar = history::sidecar_of(&request.image.file);
+        HistoryUse::IfThere(file) | HistoryUse::Mended(file) => {
+            let sidecar = file.clone().unwrap_or_else(|| history::sidecar_of(&request.image.file));
             match dataplane::offload(move || sidecar.exists()).await {
-                true => HistorySpec::default(),
+                true => HistorySpec { file: file.clone(), ..HistorySpec::default() },
                 false => HistorySpec { mode: HistoryMode::Off, ..HistorySpec::default() },
             }
         }
     };
     let OpenRequest { image, writable, cache, .. } = request;
-    let writable = *writable || request.history == HistoryUse::Mended;
+    let writable = *writable || matches!(request.history, HistoryUse::Mended(_));
     let asked = history::HistoryRequest { spec: &spec, image: &image.file, writable, cache: *cache };
     history::open(asked, Rc::clone(chain), files).await
 }

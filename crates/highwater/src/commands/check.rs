@@ -20,7 +20,13 @@ pub(crate) async fn run(global: &Global, args: CheckArgs) -> Outcome {
             jobs::perform(global, &client, &kind).await?
         }
         Target::File(file) => {
-            let spec = CheckSpec { file, format: args.format, repair: args.repair, force_share: args.force_share };
+            let spec = CheckSpec {
+                file,
+                format: args.format,
+                repair: args.repair,
+                force_share: args.force_share,
+                history_file: args.history_file.as_deref().map(target::absolute).transpose()?,
+            };
             let workshop = target::workshop()?;
             let progress = Progress::new();
             let work = workshop.check(spec, progress.clone());
@@ -45,7 +51,10 @@ pub(crate) async fn run(global: &Global, args: CheckArgs) -> Outcome {
 /// What the daemon is to check for a disk of its own. One that is written to changes under the check's eyes, which
 /// would report what is none, so it is refused.
 async fn spec_of_disk(client: &Client, name: &str, args: &CheckArgs) -> Result<CheckSpec, exit::Failure> {
-    target::refuse_file_options(name, &[("-f", args.format.is_some()), ("-U", args.force_share)])?;
+    target::refuse_file_options(
+        name,
+        &[("-f", args.format.is_some()), ("-U", args.force_share), ("--history-file", args.history_file.is_some())],
+    )?;
     let disk = client.disk(name).await?;
     let file = disk.spec.image.file;
     if disk.format == Some(Format::Raw) {
@@ -64,7 +73,7 @@ async fn spec_of_disk(client: &Client, name: &str, args: &CheckArgs) -> Result<C
         )
         .into());
     }
-    Ok(CheckSpec { file, format: disk.format, repair: None, force_share: false })
+    Ok(CheckSpec { file, format: disk.format, repair: None, force_share: false, history_file: None })
 }
 
 fn print(report: &CheckReport) -> anyhow::Result<()> {

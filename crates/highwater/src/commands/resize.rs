@@ -15,7 +15,10 @@ use engine::images::request::ResizeSpec;
 pub(crate) async fn run(global: &Global, args: ResizeArgs) -> Outcome {
     let size = match target::find(global, &args.disk).await? {
         Target::Disk(client, name) => {
-            target::refuse_file_options(&name, &[("-f", args.format.is_some())])?;
+            target::refuse_file_options(
+                &name,
+                &[("-f", args.format.is_some()), ("--history-file", args.history_file.is_some())],
+            )?;
             let present = client.disk(&name).await?.virtual_size.unwrap_or(0);
             let size = args.size.from_present(present).ok_or_else(|| {
                 anyhow!("disk {name:?}: the new size would be below 0 or too large; the present size is {present}")
@@ -34,6 +37,7 @@ pub(crate) async fn run(global: &Global, args: ResizeArgs) -> Outcome {
                 size: args.size,
                 shrink: args.shrink,
                 preallocation: args.preallocation,
+                history_file: args.history_file.as_deref().map(target::absolute).transpose()?,
             };
             let workshop = target::workshop()?;
             let progress = Progress::new();

@@ -589,6 +589,7 @@ impl Engine {
     /// When one of them has no history, the name is taken, or the guest could not be frozen and thawed: then there is no
     /// mark on any of them.
     pub async fn mark(&self, spec: MarkSpec) -> Result<Vec<MarkReport>, EngineError> {
+        spec.validate()?;
         let mut names: Vec<String> = Vec::new();
         for name in &spec.disks {
             let disks = self.disks();

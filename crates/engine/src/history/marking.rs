@@ -45,6 +45,21 @@ pub struct MarkSpec {
     pub freeze: Option<FreezeSpec>,
 }
 
+impl MarkSpec {
+    /// Checks what can be checked without looking at a disk.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`].
+    pub fn validate(&self) -> Result<(), EngineError> {
+        match &self.freeze {
+            Some(FreezeSpec { socket, .. }) if !socket.is_absolute() => {
+                Err(EngineError::Invalid(format!("the guest agent's path {} is not absolute", socket.display())))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A random name.
 pub(crate) fn random_id() -> Id {
     let mut bytes = [0; 16];
@@ -56,11 +71,19 @@ pub(crate) fn random_id() -> Id {
 }
 
 impl Stack {
-    /// Holds the guest's changes, for a mark of that name.
-    pub(crate) async fn hold(&self, name: &str) -> Result<(), EngineError> {
+    /// Whether a mark of that name can be taken.
+    pub(crate) fn may_mark(&self, name: &str) -> Result<(), EngineError> {
         if matches!(name, "." | "..") {
             return Err(EngineError::Invalid(format!("a mark cannot be called {name:?}, which no URL can name")));
         }
+        let kept = self.kept()?;
+        let failed = |source| EngineError::History { file: kept.file.clone(), source };
+        kept.history().may_mark(name).map_err(failed)
+    }
+
+    /// Holds the guest's changes, for a mark of that name.
+    pub(crate) async fn hold(&self, name: &str) -> Result<(), EngineError> {
+        self.may_mark(name)?;
         let kept = self.kept()?;
         let failed = |source| EngineError::History { file: kept.file.clone(), source };
         let held = dataplane::timeout(HOLD_LIMIT, kept.disk.hold(name)).await.ok_or_else(|| {
@@ -159,6 +182,11 @@ async fn mark_members(
     stores: Vec<Option<(StorageHandle, u64)>>,
     freeze: Option<FreezeSpec>,
 ) -> Result<Vec<MarkReport>, EngineError> {
+    // No guest is frozen for what cannot be done.
+    for member in &members {
+        let name = name.clone();
+        member.home.with(move |stack| async move { stack.may_mark(&name) }).await?;
+    }
     let frozen = match freeze {
         None => None,
         Some(FreezeSpec { socket, limit_ms }) => {

@@ -11,6 +11,7 @@
 //! change of the ended epoch.
 
 use super::{Tracked, View};
+use crate::History;
 use crate::epoch_marks::EpochMarks;
 use crate::kind::LAST_EPOCH;
 use crate::points::is_name;
@@ -58,29 +59,41 @@ pub struct UncommittedPoint<D: Disk> {
     point: Point,
 }
 
+impl History {
+    /// Whether a point of that name can be taken now.
+    ///
+    /// # Errors
+    /// When the name is taken or none, or tracking has stopped.
+    pub fn may_mark(&self, name: &str) -> Result<(), HistoryError> {
+        if !is_name(name) {
+            return Err(HistoryError::BadName { name: name.to_owned() });
+        }
+        self.refuse_if_stopped()?;
+        if self.point(name).is_ok() {
+            return Err(HistoryError::PointExists { name: name.to_owned() });
+        }
+        if self.state.borrow().current.epoch >= LAST_EPOCH {
+            return Err(HistoryError::Stopped {
+                reason: "the history has reached its last epoch; begin a new one".to_owned(),
+            });
+        }
+        Ok(())
+    }
+}
+
 impl<D: Disk> Tracked<D> {
     /// Holds the disk for a point of that name.
     ///
     /// # Errors
     /// When the name is taken or none, or tracking has stopped.
     pub async fn hold(self: &Rc<Self>, name: &str) -> Result<Held<D>, HistoryError> {
-        if !is_name(name) {
-            return Err(HistoryError::BadName { name: name.to_owned() });
-        }
-        self.history.refuse_if_stopped()?;
+        self.history.may_mark(name)?;
         while self.marking.get() {
             self.moved.listen().await;
         }
         self.marking.set(true);
         let turn = Turn(Rc::clone(self));
-        if self.history.point(name).is_ok() {
-            return Err(HistoryError::PointExists { name: name.to_owned() });
-        }
-        if self.history.state.borrow().current.epoch >= LAST_EPOCH {
-            return Err(HistoryError::Stopped {
-                reason: "the history has reached its last epoch; begin a new one".to_owned(),
-            });
-        }
+        self.history.may_mark(name)?;
         if self.history.state.borrow().frozen.is_some() {
             self.history.checkpoint().await?; // Of a point that could not be made durable.
         }

@@ -356,6 +356,16 @@ fn a_repair_that_gives_back_lost_space_keeps_the_marks() {
         );
     }
 
+    // In another place.
+    place.hw("create b.qcow2 16M").ok();
+    let other = place.path("b.qcow2");
+    fs::File::options().write(true).open(&other).unwrap().set_len(4 * M).unwrap();
+    place.hw("mark b.qcow2 --history-file h before").ok();
+    served(&place, "b.qcow2 --history-file h", &["write -P 1 1M 64k"]);
+    set_count(&other, 0, 1, |_| true);
+    place.hw("check -r leaks b.qcow2 --history-file h").ok();
+    assert_eq!(changes(&place, "b.qcow2 --history-file h --since before"), [data(M, 64 * K)]);
+
     // A corruption that was mended is another matter.
     set_count(&image, 1, 0, |cluster| cluster > 4);
     let mended = place.hw("--json check --repair all a.qcow2").ok();
@@ -393,6 +403,12 @@ fn an_image_that_is_overwritten_loses_its_marks() {
         place.hw(&format!("mark {image} before")).ok();
         place.hw(&format!("convert new.raw {image}")).ok();
         assert!(!sidecar.exists(), "the history of the replaced image was left");
+        // Made anew where one was deleted: the history left by that one is found to be another image's.
+        place.hw(&format!("mark {image} before")).ok();
+        fs::remove_file(place.path(image)).unwrap();
+        place.hw(&format!("create {image} 16M")).ok();
+        let refused = place.hw(&format!("changes {image} --since before")).code(1);
+        assert!(refused.err.contains("cannot be trusted"), "{refused:?}");
         // What only has the name of a history is left.
         fs::write(&sidecar, "diary").unwrap();
         place.hw(&format!("create {image} 16M")).ok();

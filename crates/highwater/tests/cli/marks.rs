@@ -105,6 +105,18 @@ fn marks_of_files() {
     assert!(!place.path("c.raw.history").exists());
     place.hw("changes c.raw --history-file elsewhere --since before").ok();
     place.hw("changes c.raw --since before").code(1);
+    place.hw("resize c.raw 2M --history-file elsewhere").ok();
+    let grown = place.hw("--json changes c.raw --history-file elsewhere --since before").ok().json();
+    assert_eq!(ranges(&grown), [(1 << 20, 1 << 20, "zero".to_owned())]);
+    // A slip must not cost a file.
+    place.raw("d.raw", SIZE);
+    let content = fs::read(place.path("d.raw")).unwrap();
+    for named in ["d.raw", "c.raw"] {
+        let refused = place.hw(&format!("mark c.raw --history-file {named} x")).code(1);
+        assert!(refused.err.contains("is no history") && refused.err.contains("left alone"), "{refused:?}");
+    }
+    assert!(fs::read(place.path("d.raw")).unwrap() == content);
+    assert_eq!(fs::metadata(place.path("c.raw")).unwrap().len(), 2 << 20);
 }
 
 #[test]
@@ -189,6 +201,7 @@ fn marks_of_the_daemon() {
         ("POST", "/v1/marks", Some(r#"{"disks":["a"],"name":""}"#), 400),
         ("POST", "/v1/marks", Some(r#"{"disks":["zz"],"name":"x"}"#), 404),
         ("POST", "/v1/marks", Some(r#"{"disks":["a"]}"#), 400),
+        ("POST", "/v1/marks", Some(r#"{"disks":["a"],"name":"x","freeze":{"socket":"s"}}"#), 400),
         ("GET", "/v1/disks/a/changes", None, 400),
         ("GET", "/v1/disks/a/changes?since=zz", None, 404),
         ("GET", "/v1/disks/a/changes?since=before&x=1", None, 400),
@@ -231,6 +244,10 @@ fn a_mark_of_a_frozen_guest() {
     }
     assert!(!agent.is_frozen());
     assert!(daemon.hw("marks list a").ok().out.contains("application, frozen for"));
+    // Nobody is frozen for a mark that cannot be taken.
+    let commands = agent.state().commands.len();
+    assert!(daemon.hw("mark vm1 frozen --freeze agent.sock").code(1).err.contains("already"));
+    assert_eq!(agent.state().commands.len(), commands);
     let refused = daemon.hw("mark vm1 again --freeze agent.sock").code(1);
     assert!(refused.err.contains("not now"), "{refused:?}");
     assert!(!agent.is_frozen());
@@ -398,6 +415,38 @@ fn where_no_history_can_be_kept() {
     assert!(!place.path("a.raw.history").exists());
     place.start("serve a.raw --read-only").end();
     assert!(!place.path("a.raw.history").exists());
+}
+
+/// A directory in which nobody but root makes files, and the image in it is anybody's.
+#[test]
+fn a_directory_that_cannot_be_written_to() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    let mode = |path: &str, mode| fs::set_permissions(place.path(path), fs::Permissions::from_mode(mode)).unwrap();
+    fs::create_dir(place.path("locked")).unwrap();
+    place.hw("create locked/a.raw 16M").ok();
+    mode("", 0o777);
+    mode("locked/a.raw", 0o666);
+    mode("locked", 0o555);
+    // Root may do everything, so somebody else does it.
+    let somebody = match rustix::process::geteuid().is_root() {
+        true => "setpriv --reuid=65534 --regid=65534 --clear-groups ",
+        false => "",
+    };
+    let hw = format!("{somebody}{}", env!("CARGO_BIN_EXE_highwater"));
+    if place.tool(&format!("{hw} --version")).code != Some(0) {
+        eprintln!("nobody but root can run the binary here");
+        return;
+    }
+    let made = place.tool(&format!("{hw} mark locked/a.raw x")).code(1);
+    assert!(made.err.contains("no history is kept") && made.err.contains("ermission denied"), "{made:?}");
+    let refused = place.tool(&format!("{hw} serve locked/a.raw --history on --socket s.sock")).code(1);
+    assert!(refused.err.contains("no history is kept") && refused.err.contains("ermission denied"), "{refused:?}");
+    // Ended by the clock: what it said until then is of interest.
+    let served = place.tool(&format!("timeout 1 {hw} --json serve locked/a.raw --socket s.sock"));
+    assert!(served.out.contains("\"kept\":false") && served.out.contains("uris"), "{served:?}");
+    assert!(served.err.contains("no history is kept"), "{served:?}");
+    mode("locked", 0o755);
 }
 
 /// A loop device, taken down when dropped.

@@ -14,6 +14,7 @@ pub fn write_if_asked(target: &str) {
     match target {
         "nbd_negotiation" => write("seed-handshake".into(), &handshake()),
         "nbd_transmission" => (0..3).for_each(|choice| write(format!("seed-requests-{choice}"), &requests(choice))),
+        "history_open" => crate::history::seeds(&write),
         _ => qcow2(&write),
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use testkit::executor::{self, yield_now};
 use testkit::{MemoryStorage, SparseBytes};
-use tracking::{History, HistoryError, Tracked};
+use tracking::{Damage, History, HistoryError, Tracked};
 
 const GRANULE: u64 = 4096;
 const SIZE: u64 = 3 << 20;
@@ -146,6 +146,28 @@ fn every_block_of_one_in_use() {
 #[test]
 fn every_block_of_one_whose_journal_went_round() {
     every_block(false, 10, true);
+}
+
+/// Blocks that later ones prove to have been durable, without a sign of life.
+#[test]
+fn holes_in_the_journal() {
+    executor::run(1, async {
+        let (image, storage, host) = (MemoryStorage::new(SIZE), MemoryStorage::new(0), TestHost::new(1));
+        let disk: Rc<Tracked<_>> = created(image.handle(), storage.handle(), &host, GRANULE).await;
+        disk.history().set_open_limit(0);
+        disk.mark(named("p")).await.unwrap();
+        for granule in 0..10 {
+            let bytes = Buf::copy_of(&[1]);
+            disk.write(granule * GRANULE, bytes, WriteFlags::default()).await.unwrap();
+        }
+        for block in 0..9 {
+            let copy = MemoryStorage::of(storage.snapshot());
+            copy.tamper(|bytes| bytes.zero(ByteRange::new((64 << 10) + block * BLOCK, BLOCK), true));
+            let opened = History::open(copy.handle(), host.clone()).await;
+            let expected = Damage::Journal { sequence: block };
+            assert!(matches!(opened, Err(HistoryError::Damaged(damage)) if damage == expected), "block {block}");
+        }
+    });
 }
 
 /// A history that was given up stays so with one of its superblocks gone.

@@ -2,7 +2,7 @@
 
 use crate::answers::{all_changes, judge};
 use crate::host::{TestHost, created, named, raw, tracked};
-use disk::{Buf, Disk, DiskHandle, ErrorKind, LocalFuture, Operation, WriteFlags};
+use disk::{Buf, Disk, DiskError, DiskHandle, ErrorKind, LocalFuture, Operation, WriteFlags};
 use futures_util::future::select;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -153,7 +153,7 @@ fn failures_at_any_moment() {
 #[test]
 fn nothing_is_written_that_can_neither_be_recorded_nor_given_up() {
     executor::run(1, async {
-        let (image, sidecar, host) = (MemoryStorage::new(SIZE), MemoryStorage::new(0), TestHost::new(1));
+        let (image, sidecar, host) = (MemoryStorage::new(SIZE), MemoryStorage::new(0).yielding(3), TestHost::new(1));
         let disk = created(image.handle(), sidecar.handle(), &host, GRANULE).await;
         let write = async |granule: u64| disk.write(granule * GRANULE, Buf::copy_of(&[1]), WriteFlags::default()).await;
         write(0).await.unwrap();
@@ -161,6 +161,12 @@ fn nothing_is_written_that_can_neither_be_recorded_nor_given_up() {
         let before = image.to_vec();
         host.removable.set(false);
         sidecar.fail_from(Some(Operation::Write), 0, ErrorKind::Io);
+        // Those that wait for one failure, and those that come later.
+        let write = &write;
+        let at_once = (3..7).map(|granule| {
+            Box::pin(async move { write(granule).await.expect_err("not recorded") }) as LocalFuture<'_, DiskError>
+        });
+        executor::run_all(2, at_once.collect());
         for granule in [1, 1, 2, 0, 1] {
             write(granule).await.expect_err("not recorded");
         }

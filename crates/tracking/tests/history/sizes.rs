@@ -68,6 +68,9 @@ fn sizes_that_could_not_be_recorded() {
         assert_eq!(disk.geometry().size, GRANULE);
         disk.resize(size).await.unwrap();
         assert_eq!(letters(disk.history(), "p", None, GRANULE, size).await, ".zzzzz");
+        let killed = MemoryStorage::of(sidecar.snapshot());
+        let reopened = tracked(image.handle(), killed.handle(), &host).await;
+        assert_eq!(letters(reopened.history(), "p", None, GRANULE, size).await, ".ddddd");
     });
 }
 

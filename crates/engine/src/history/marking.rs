@@ -183,7 +183,7 @@ async fn mark_members(
     freeze: Option<FreezeSpec>,
 ) -> Result<Vec<MarkReport>, EngineError> {
     // No guest is frozen for what cannot be done.
-    for member in &members {
+    for member in members {
         let name = name.clone();
         member.home.with(move |stack| async move { stack.may_mark(&name) }).await?;
     }

@@ -103,7 +103,8 @@ fn source(disk: DiskId, until: Option<String>) -> ContextSource {
             None => u32::MAX,
             Some(mark) => points.iter().find(|point| point.name == *mark).map_or(0, |point| point.epoch),
         };
-        for point in points.into_iter().filter(|point| point.refused.is_none() && point.epoch <= last) {
+        // The latest first, as an export shows so many contexts and no more.
+        for point in points.into_iter().rev().filter(|point| point.refused.is_none() && point.epoch <= last) {
             for (prefix, words) in [("qemu:dirty-bitmap:", Words::Dirty), ("highwater:changes:", Words::Typed)] {
                 let name = format!("{prefix}{}", point.name);
                 let (mark, id, until) = (point.name.clone(), point.id, until.clone());

@@ -31,7 +31,7 @@ pub fn sidecar_of(image: &Path) -> PathBuf {
 pub(crate) struct Kept {
     pub(crate) disk: Rc<Tracked<Chain>>,
     pub(crate) file: PathBuf,
-    /// Why older points are refused since this opening, if they are.
+    /// Why older marks are refused since this opening, if they are.
     pub(crate) distrust: Option<String>,
     tender: RefCell<Option<LocalTask<()>>>,
 }
@@ -174,7 +174,7 @@ async fn open_file(
         Err(error) => return Err(lost(&file, error)),
     };
     if let Some(reason) = &distrust {
-        tracing::warn!(history = %file.display(), reason, "older points are refused");
+        tracing::warn!(history = %file.display(), reason, "older marks are refused");
     }
     if let Some(limit) = request.spec.open_limit {
         history.set_open_limit(limit);

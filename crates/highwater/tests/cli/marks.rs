@@ -305,7 +305,7 @@ fn changes_by_others_are_found_and_may_be_accepted() {
         assert!(shown["history"]["reason"].is_null(), "{shown}");
         place.run("nbdinfo", ["--map=qemu:dirty-bitmap:before", server.uri()]).ok();
         server.signal("TERM");
-        assert!(server.errors_at_end().contains("older points are refused"));
+        assert!(server.errors_at_end().contains("older marks are refused"));
         assert_eq!(trusted(&place, image), [data(1 << 20, 64 << 10), data(3 << 20, 64 << 10)]);
         place.qemu_io(format, image, &["write -P 9 9M 64k"]);
         refused(&place, image, words);
@@ -443,7 +443,7 @@ fn a_directory_that_cannot_be_written_to() {
     let refused = place.tool(&format!("{hw} serve locked/a.raw --history on --socket s.sock")).code(1);
     assert!(refused.err.contains("no history is kept") && refused.err.contains("ermission denied"), "{refused:?}");
     // Ended by the clock: what it said until then is of interest.
-    let served = place.tool(&format!("timeout 1 {hw} --json serve locked/a.raw --socket s.sock"));
+    let served = place.tool(&format!("timeout 5 {hw} --json serve locked/a.raw --socket s.sock"));
     assert!(served.out.contains("\"kept\":false") && served.out.contains("uris"), "{served:?}");
     assert!(served.err.contains("no history is kept"), "{served:?}");
     mode("locked", 0o755);

@@ -1,5 +1,6 @@
 //! Long work that the daemon does on request: a bounded list of jobs with progress and cancel.
 
+use crate::history::AuditSpec;
 use crate::images::request::{
     CheckSpec, CompareSpec, ConvertSpec, CreateSpec, MeasureSpec, ResizeSpec, SourceSpec, require_absolute,
 };
@@ -30,6 +31,8 @@ pub enum JobKind {
     Convert(ConvertSpec),
     /// Compare two images.
     Compare(CompareSpec),
+    /// Prove what a history calls unchanged.
+    Audit(AuditSpec),
     /// Check an image's metadata, and mend it if that is asked for.
     Check(CheckSpec),
     /// Find out how much space a conversion would take.
@@ -45,6 +48,7 @@ impl JobKind {
             Self::Create(_) => "create",
             Self::Convert(_) => "convert",
             Self::Compare(_) => "compare",
+            Self::Audit(_) => "audit",
             Self::Check(_) => "check",
             Self::Measure(_) => "measure",
             Self::Resize(_) => "resize",
@@ -60,6 +64,7 @@ impl JobKind {
         let history = match self {
             Self::Check(spec) => spec.history_file.as_deref(),
             Self::Resize(spec) => spec.history_file.as_deref(),
+            Self::Audit(spec) => spec.history_file.as_deref(),
             _ => None,
         };
         self.own_files().into_iter().chain(history).try_for_each(require_absolute)
@@ -70,6 +75,7 @@ impl JobKind {
         match self {
             Self::Convert(spec) => vec![&spec.source],
             Self::Compare(spec) => vec![&spec.first, &spec.second],
+            Self::Audit(spec) => vec![&spec.source, &spec.against],
             Self::Measure(spec) => spec.source.iter().collect(),
             Self::Create(_) | Self::Check(_) | Self::Resize(_) => Vec::new(),
         }
@@ -80,6 +86,7 @@ impl JobKind {
         match self {
             Self::Convert(spec) => vec![&mut spec.source],
             Self::Compare(spec) => vec![&mut spec.first, &mut spec.second],
+            Self::Audit(spec) => vec![&mut spec.source, &mut spec.against],
             Self::Measure(spec) => spec.source.iter_mut().collect(),
             Self::Create(_) | Self::Check(_) | Self::Resize(_) => Vec::new(),
         }
@@ -92,7 +99,7 @@ impl JobKind {
             Self::Convert(spec) => vec![&spec.target],
             Self::Check(spec) => vec![&spec.file],
             Self::Resize(spec) => vec![&spec.file],
-            Self::Compare(_) | Self::Measure(_) => Vec::new(),
+            Self::Compare(_) | Self::Audit(_) | Self::Measure(_) => Vec::new(),
         }
     }
 
@@ -112,6 +119,7 @@ impl PartialSchema for JobKind {
             ("create", CreateSpec::schema()),
             ("convert", ConvertSpec::schema()),
             ("compare", CompareSpec::schema()),
+            ("audit", AuditSpec::schema()),
             ("check", CheckSpec::schema()),
             ("measure", MeasureSpec::schema()),
             ("resize", ResizeSpec::schema()),
@@ -133,6 +141,7 @@ impl ToSchema for JobKind {
         CreateSpec::schemas(schemas);
         ConvertSpec::schemas(schemas);
         CompareSpec::schemas(schemas);
+        AuditSpec::schemas(schemas);
         CheckSpec::schemas(schemas);
         MeasureSpec::schemas(schemas);
         ResizeSpec::schemas(schemas);

@@ -74,6 +74,8 @@ pub(crate) enum Verb {
     /// Work with the marks of a disk
     #[command(subcommand)]
     Marks(MarksVerb),
+    /// Prove what the history calls unchanged since a mark, against a copy that was made at the mark
+    Audit(AuditArgs),
     /// Work with views: disks as they were at a mark, while their guests write on
     #[command(subcommand)]
     Views(ViewsVerb),
@@ -389,6 +391,26 @@ pub(crate) struct MarkArgs {
     /// Where the old content goes [default: beside the image]
     #[arg(long, value_name = "DIR", requires = "view")]
     pub(crate) view_directory: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AuditArgs {
+    /// A file, or the name of a disk of the daemon
+    pub(crate) disk: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: HistoryOfArgs,
+    /// The mark
+    #[arg(long, value_name = "NAME")]
+    pub(crate) since: String,
+    /// A copy of the disk that was made at the mark
+    #[arg(long, value_name = "FILE")]
+    pub(crate) against: PathBuf,
+    /// The copy's format; by its extension when absent
+    #[arg(short = 'F', long = "against-format", value_name = "FORMAT", value_parser = choices::format())]
+    pub(crate) against_format: Option<Format>,
+    /// Look at so many percent of it alone, chosen at random
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) sample: Option<u8>,
 }
 
 #[derive(Debug, Subcommand)]

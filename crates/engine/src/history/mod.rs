@@ -7,6 +7,7 @@
 //! marking (several disks at one instant, guests frozen) · contexts (NBD) · offline (files that nobody serves)
 //! ```
 
+pub(crate) mod audit;
 mod bitmaps;
 pub(crate) mod contexts;
 mod host;
@@ -20,6 +21,7 @@ mod sidecar;
 mod spec;
 pub(crate) mod views;
 
+pub use audit::{AuditReport, AuditSpec};
 pub use marking::{FreezeSpec, MarkSpec};
 pub use offline::{HistorySource, refuse_freeze};
 pub use sidecar::sidecar_of;

@@ -3,7 +3,7 @@
 use super::report::{ChangedRange, ChangesReport, HistoryReport, MarkReport};
 use crate::EngineError;
 use crate::images::stack::Stack;
-use tracking::HistoryError;
+use tracking::{Change, HistoryError};
 
 impl Stack {
     fn failed(&self, error: HistoryError) -> EngineError {
@@ -51,6 +51,20 @@ impl Stack {
         self.kept()?.history().trust().await.map_err(|e| self.failed(e))
     }
 
+    /// What changed in `from..end`, up to about `most` ranges.
+    pub(crate) async fn changes_between(
+        &self,
+        since: &str,
+        from: u64,
+        end: u64,
+        most: usize,
+    ) -> Result<(Vec<ChangedRange>, Option<u64>), EngineError> {
+        let history = self.kept()?.history();
+        let query = history.changes(since, None).map_err(|e| self.failed(e))?.up_to(end);
+        let span = history.next_changes(&query, from, most).await.map_err(|e| self.failed(e))?;
+        Ok((span.changes.iter().map(changed).collect(), span.next))
+    }
+
     /// What changed, from byte `from` on, up to about `most` ranges.
     pub(crate) async fn changes(
         &self,
@@ -71,12 +85,12 @@ impl Stack {
             lineage: info.lineage.to_string(),
             size: query.size,
             granule: info.granule,
-            ranges: span
-                .changes
-                .iter()
-                .map(|c| ChangedRange { start: c.range.offset(), length: c.range.len(), kind: c.kind.into() })
-                .collect(),
+            ranges: span.changes.iter().map(changed).collect(),
             next: span.next,
         })
     }
+}
+
+fn changed(change: &Change) -> ChangedRange {
+    ChangedRange { start: change.range.offset(), length: change.range.len(), kind: change.kind.into() }
 }

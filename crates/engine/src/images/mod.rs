@@ -153,6 +153,7 @@ impl Workshop {
             JobKind::Create(spec) => value(self.create(spec, progress).await?),
             JobKind::Convert(spec) => value(self.convert(spec, progress).await?),
             JobKind::Compare(spec) => value(self.compare(spec, progress).await?),
+            JobKind::Audit(spec) => value(self.audit(spec, progress).await?),
             JobKind::Check(spec) => value(self.check(spec, progress).await?),
             JobKind::Measure(spec) => value(self.measure(spec, progress).await?),
             JobKind::Resize(spec) => value(self.resize(spec, progress).await?),
@@ -166,7 +167,7 @@ pub(crate) async fn offload_format(file: PathBuf, given: Option<Format>) -> Resu
 }
 
 /// Opens a source for reading.
-async fn open_source(source: &SourceSpec) -> Result<Stack, EngineError> {
+pub(crate) async fn open_source(source: &SourceSpec) -> Result<Stack, EngineError> {
     match (&source.live, &source.disk) {
         (Some(live), _) => return Ok(Stack::live(live)),
         (None, Some(disk)) => {

@@ -1,6 +1,7 @@
 //! One module per verb, or per family of verbs.
 
 mod attach;
+mod audit;
 mod changes;
 mod check;
 mod compare;
@@ -49,6 +50,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Check(args) => check::run(&global, args).await,
             Verb::Convert(args) => convert::run(&global, args).await,
             Verb::Compare(args) => compare::run(&global, args).await,
+            Verb::Audit(args) => audit::run(&global, args).await,
             Verb::Resize(args) => resize::run(&global, args).await,
             Verb::Measure(args) => measure::run(&global, args).await,
             Verb::Serve(args) => serve::run(&global, args).await,

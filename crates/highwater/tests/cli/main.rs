@@ -1,5 +1,6 @@
 //! The real binary, judged by qemu-img and real NBD clients.
 
+mod audit;
 mod bitmaps;
 mod changes;
 mod daemon;

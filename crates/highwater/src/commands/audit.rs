@@ -1,0 +1,56 @@
+//! `highwater audit`.
+
+use super::{Outcome, jobs, target};
+use crate::args::{AuditArgs, Global};
+use crate::exit;
+use crate::output;
+use crate::progress;
+use crate::size::human;
+use api::JobKind;
+use engine::history::{AuditReport, AuditSpec};
+use engine::images::Progress;
+use engine::images::request::SourceSpec;
+
+pub(crate) async fn run(global: &Global, args: AuditArgs) -> Outcome {
+    let options = target::history_options(&args.of);
+    let (daemon, source) = target::source(global, &args.disk, SourceSpec::of("", args.of.format), &options).await?;
+    let against = SourceSpec::of(args.against, args.against_format);
+    let history_file = args.of.history_file.as_deref().map(target::absolute).transpose()?;
+    let spec = AuditSpec { source, history_file, since: args.since, against, sample: args.sample };
+    let report: AuditReport = match daemon {
+        Some(client) => {
+            let (source, against) = (target::from_the_root(spec.source)?, target::from_the_root(spec.against)?);
+            jobs::perform(global, &client, &JobKind::Audit(AuditSpec { source, against, ..spec })).await?
+        }
+        None => {
+            let workshop = target::workshop()?;
+            let progress = Progress::new();
+            progress::watch(progress.clone(), global.quiet, workshop.audit(spec, progress.clone())).await?
+        }
+    };
+    if global.wants_json() {
+        output::json(&report)?;
+    } else if !global.quiet {
+        output::line(&text(&report))?;
+    }
+    Ok(if report.proved { exit::OK } else { exit::DIFFERENT })
+}
+
+fn text(report: &AuditReport) -> String {
+    let looked = format!(
+        "{} of {} called unchanged compared, {} called zero read",
+        human(report.checked),
+        human(report.unchanged),
+        human(report.zero)
+    );
+    if report.proved {
+        return format!("proved: {looked}");
+    }
+    let places: Vec<String> =
+        report.failures.iter().map(|(offset, length)| format!("    {offset:#x}+{length:#x}")).collect();
+    format!(
+        "WRONG: {} differ from what the history says ({looked}):\n{}\ndo not rely on marks up to this one; make a full backup, and report this",
+        human(report.wrong),
+        places.join("\n")
+    )
+}

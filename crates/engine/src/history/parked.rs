@@ -3,7 +3,7 @@
 use super::lot::{ParkedWrite, TmpfsLot};
 use crate::EngineError;
 use chain::Chain;
-use disk::{Buf, ByteRange, Disk, WriteFlags};
+use disk::{Buf, ByteRange, Disk, DiskError, Operation, WriteFlags};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
@@ -60,6 +60,8 @@ impl Lot {
         if !left.is_empty() {
             tell_put_back(image, &left);
             disk.put_back(left).await?;
+            // Durable now; found once more after the next kill, it would undo what is written from here on.
+            self.lot.empty().map_err(|e| DiskError::from_io(e, Operation::Write).on("parking lot"))?;
         }
         disk.park_in(Rc::new(self.lot), Rc::new(|task| drop(dataplane::spawn_local(task))));
         Ok(())

@@ -160,7 +160,7 @@ fn nothing_is_written_that_can_neither_be_recorded_nor_given_up() {
         disk.mark(named("p")).await.unwrap();
         let before = image.to_vec();
         host.removable.set(false);
-        sidecar.fail_from(Some(Operation::Write), 0, ErrorKind::Io);
+        sidecar.fail_from(Some(Operation::Flush), 0, ErrorKind::Io);
         // Those that wait for one failure, and those that come later.
         let write = &write;
         let at_once = (3..7).map(|granule| {

@@ -253,3 +253,31 @@ fn an_opening_that_cannot_be_written_is_tried_again() {
         disk.close().await.unwrap();
     });
 }
+
+/// Whoever drops the tender in the middle of a checkpoint loses the history, perhaps, but misses nothing.
+#[test]
+fn a_tender_that_is_dropped() {
+    for steps in 0..80 {
+        let (image, sidecar) = (MemoryStorage::new(SIZE), MemoryStorage::new(0).yielding(steps));
+        let host = TestHost::new(1);
+        executor::run(steps, async {
+            let disk = created(image.handle(), sidecar.handle(), &host, GRANULE).await;
+            disk.mark(named("p")).await.unwrap();
+            let before = image.to_vec();
+            for granule in 0..3 {
+                disk.write(granule * GRANULE, Buf::copy_of(&[1]), WriteFlags::default()).await.unwrap();
+            }
+            let soon = async {
+                for _ in 0..steps {
+                    yield_now().await;
+                }
+            };
+            drop(select(Box::pin(disk.history().tend(yield_now)), Box::pin(soon)).await);
+            disk.close().await.unwrap();
+            let (history, distrust) = History::open(sidecar.handle(), host.clone()).await.unwrap();
+            if distrust.is_none() {
+                judge(&before, &image.to_vec(), &all_changes(&history, "p", None, 9).await, "since p");
+            }
+        });
+    }
+}

@@ -183,7 +183,10 @@ fn marks_that_could_not_be_put_into_the_image() {
             let disk = tracked(image.handle(), sidecar.handle(), &host).await;
             disk.close().await.unwrap();
         }
-        // The failure may have come after the mark, and the next attempt's, too.
+        let disk = tracked(image.handle(), sidecar.handle(), &host).await;
+        write(&disk, 2, 2).await;
+        disk.close().await.unwrap();
+        // The failure may have come after the mark.
         let disk = tracked(image.handle(), sidecar.handle(), &host).await;
         refused(&disk, true).await;
         refused(&disk, false).await;

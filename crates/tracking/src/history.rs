@@ -329,10 +329,11 @@ impl History {
         self.checkpoint_with(Some(Box::new(|_| {})), |superblock| {
             superblock.state = State::Closed;
             superblock.facts = facts;
+            // What was not flushed is still in memory alone, as long as the machine runs.
+            superblock.flushes_void &= superblock.boot == boot;
             superblock.boot = boot;
             superblock.journal = journal;
             superblock.journal_start = 0;
-            superblock.flushes_void = false;
             superblock.reason.clear();
             match lineage {
                 // The image bears no mark of the new lineage until it is written to.

@@ -117,7 +117,6 @@ impl History {
             superblock.facts = facts;
             superblock.boot = boot;
             superblock.next_moment = Id::NONE;
-            superblock.flushes_void = false;
         })
         .await?;
         self.awake.set(false);

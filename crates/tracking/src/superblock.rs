@@ -29,7 +29,7 @@ pub(crate) struct Superblock {
     pub(crate) lineage: Id,
     pub(crate) granule_bits: u8,
     pub(crate) state: State,
-    /// A flush of the image was not waited for: what a restart of the machine leaves is unknown.
+    /// Flushes of the image were ignored in this run of the machine: what its restart leaves is unknown, after a clean close too.
     pub(crate) flushes_void: bool,
     /// Bytes of the guest's disk that the table speaks of.
     pub(crate) size: u64,

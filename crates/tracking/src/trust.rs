@@ -131,6 +131,9 @@ pub(crate) fn judge(
     // The mark alone is not enough: QEMU leaves it alone when it commits into an image that it opened as a parent.
     match recorded.state {
         State::Closed => {
+            if restarted && recorded.flushes_void {
+                return Some(Distrust::FlushesVoid);
+            }
             if then.size != found.size {
                 return Some(Distrust::Size { recorded: then.size, found: found.size });
             }
@@ -276,6 +279,9 @@ mod tests {
         assert!(matches!(ask(2_010_000, soon), Some(Distrust::ModifiedLater { .. })));
         let mut void = r.clone();
         void.flushes_void = true;
+        let closed = Superblock { state: State::Closed, ..void.clone() };
+        assert_eq!(judge(&closed, &facts(), None, BOOT, 0), None);
+        assert_eq!(judge(&closed, &facts(), None, NEXT_BOOT, 0), Some(Distrust::FlushesVoid));
         assert_eq!(judge(&void, &at(2_000_001), None, BOOT, 2_000_000), None);
         assert_eq!(judge(&void, &at(2_000_000), None, NEXT_BOOT, 2_000_000), Some(Distrust::FlushesVoid));
         assert!(matches!(judge(&recorded(State::Lost, false), &facts(), None, BOOT, 0), Some(Distrust::Lost(_))));

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 use tracking::ParkingLot;
 
 /// Where memory is, as a rule.
@@ -25,6 +26,13 @@ const LATER: i128 = 3_000_000_000;
 const HEAD: usize = 32;
 const MAGIC: u32 = 0x4b50_5748; // "HWPK"
 const STRIDE: u64 = (SLOT_BYTES + 4096) as u64;
+/// Bytes before the first slot: magic, and the birth of the image.
+const FRONT: u64 = 4096;
+const FRONT_MAGIC: [u8; 8] = *b"HWPARKED";
+
+const fn place(slot: usize) -> u64 {
+    FRONT + slot as u64 * STRIDE
+}
 
 /// A file in memory with a slot for each parked write.
 pub(super) struct TmpfsLot {
@@ -38,14 +46,22 @@ pub(super) struct TmpfsLot {
 pub(super) type ParkedWrite = (u64, Vec<u8>);
 
 impl TmpfsLot {
-    /// Opens the lot of the image with that device and inode, or makes it; and what an earlier process has left there.
+    /// Opens the lot of an image, or makes it; and what an earlier process has left there.
+    ///
+    /// An inode's number is given again when its file is gone, so the image's birth is compared as well.
     ///
     /// # Errors
-    /// When there is no memory that outlives the process, or the file there is not ours.
-    pub(super) fn open(device: u64, inode: u64) -> io::Result<(Self, Vec<ParkedWrite>)> {
+    /// When there is no memory that outlives the process, the file there is not ours, or the file system does not tell
+    /// when the image was made.
+    pub(super) fn open(image: &fs::Metadata) -> io::Result<(Self, Vec<ParkedWrite>)> {
+        let birth = image.created()?.duration_since(UNIX_EPOCH).map_err(io::Error::other)?.as_nanos();
+        Self::of(image.dev(), image.ino(), birth)
+    }
+
+    fn of(device: u64, inode: u64, birth: u128) -> io::Result<(Self, Vec<ParkedWrite>)> {
         let mut last = io::Error::new(io::ErrorKind::NotFound, "no file system in memory");
         for directory in DIRECTORIES {
-            match Self::open_in(Path::new(directory), device, inode) {
+            match Self::open_in(Path::new(directory), device, inode, birth) {
                 Ok(found) => return Ok(found),
                 Err(error) => last = error,
             }
@@ -53,13 +69,13 @@ impl TmpfsLot {
         Err(last)
     }
 
-    fn open_in(directory: &Path, device: u64, inode: u64) -> io::Result<(Self, Vec<ParkedWrite>)> {
+    fn open_in(directory: &Path, device: u64, inode: u64, birth: u128) -> io::Result<(Self, Vec<ParkedWrite>)> {
         let path = directory.join(format!("highwater-{device:x}-{inode:x}.parked"));
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(CWD, &path, flags, Mode::RUSR | Mode::WUSR)?;
         let refused =
             |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display())));
-        if i64::from(fstatfs(&file)?.f_type) != TMPFS {
+        if fstatfs(&file)?.f_type != TMPFS {
             return refused("is not in memory");
         }
         // The directory may be open to all: what somebody else has put there must not reach the disk.
@@ -69,6 +85,18 @@ impl TmpfsLot {
             return refused("belongs to somebody else");
         }
         let lot = Self { file, path, scratch: RefCell::default() };
+        let mut front = FRONT_MAGIC.to_vec();
+        front.extend(birth.to_le_bytes());
+        let mut found = vec![0; front.len()];
+        let known = pread(&lot.file, &mut found, 0)? == front.len() && found == front;
+        if !known {
+            // Another image's, or a new one.
+            lot.empty()?;
+            if pwrite(&lot.file, &front, 0)? != front.len() {
+                return Err(io::Error::from(io::ErrorKind::WriteZero));
+            }
+            return Ok((lot, Vec::new()));
+        }
         let slots = usize::try_from(facts.st_size as u64 / STRIDE).unwrap_or(0).saturating_add(1).min(SLOTS);
         let left = (0..slots).filter_map(|slot| lot.read(slot)).collect();
         Ok((lot, left))
@@ -82,9 +110,9 @@ impl TmpfsLot {
         Ok(theirs > ours + LATER)
     }
 
-    /// Forgets everything.
+    /// Forgets all writes.
     pub(super) fn empty(&self) -> io::Result<()> {
-        Ok(rustix::fs::ftruncate(&self.file, 0)?)
+        Ok(rustix::fs::ftruncate(&self.file, FRONT)?)
     }
 
     /// Takes the file away, if nothing is parked.
@@ -95,7 +123,7 @@ impl TmpfsLot {
     }
 
     fn read(&self, slot: usize) -> Option<ParkedWrite> {
-        let at = slot as u64 * STRIDE;
+        let at = place(slot);
         let mut head = [0; HEAD];
         if pread(&self.file, &mut head, at).ok()? < HEAD {
             return None;
@@ -135,7 +163,7 @@ impl ParkingLot for TmpfsLot {
         let sum = crc32c::crc32c_append(crc32c::crc32c(&record[8..20]), bytes);
         record[4..8].copy_from_slice(&sum.to_le_bytes());
         record.extend_from_slice(bytes);
-        pwrite(&self.file, &record, slot as u64 * STRIDE).is_ok_and(|written| written == record.len())
+        pwrite(&self.file, &record, place(slot)).is_ok_and(|written| written == record.len())
     }
 
     fn get(&self, slot: usize) -> Option<Vec<u8>> {
@@ -143,7 +171,7 @@ impl ParkingLot for TmpfsLot {
     }
 
     fn clear(&self, slot: usize) -> bool {
-        pwrite(&self.file, &[0; 4], slot as u64 * STRIDE).is_ok_and(|written| written == 4)
+        pwrite(&self.file, &[0; 4], place(slot)).is_ok_and(|written| written == 4)
     }
 }
 
@@ -158,7 +186,7 @@ mod tests {
     use super::*;
 
     fn open(inode: u64) -> (TmpfsLot, Vec<ParkedWrite>) {
-        TmpfsLot::open(u64::from(std::process::id()), inode).expect("tests need /dev/shm or /run in memory")
+        TmpfsLot::of(u64::from(std::process::id()), inode, 77).expect("tests need /dev/shm or /run in memory")
     }
 
     #[test]
@@ -182,12 +210,28 @@ mod tests {
     fn torn_records_and_strangers_are_not_believed() {
         let (lot, _) = open(2);
         assert!(lot.put(0, 8192, &[9; 4096]));
-        pwrite(&lot.file, &[1], HEAD as u64 + 100).unwrap();
+        pwrite(&lot.file, &[1], FRONT + HEAD as u64 + 100).unwrap();
         assert_eq!(lot.get(0), None);
         let path = lot.path.clone();
         rustix::fs::fchmod(&lot.file, Mode::from_raw_mode(0o644)).unwrap();
         std::mem::forget(lot);
-        assert!(TmpfsLot::open_in(path.parent().unwrap(), u64::from(std::process::id()), 2).is_err());
+        assert!(TmpfsLot::open_in(path.parent().unwrap(), u64::from(std::process::id()), 2, 77).is_err());
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn another_image_of_the_same_number_is_another_one() {
+        let (lot, _) = open(3);
+        assert!(lot.put(0, 8192, &[9; 4096]));
+        std::mem::forget(lot);
+        let (later, left) = TmpfsLot::of(u64::from(std::process::id()), 3, 78).unwrap();
+        assert_eq!(left, []);
+        assert!(later.put(5, 1, b"y"));
+        std::mem::forget(later);
+        let (_, left) = TmpfsLot::of(u64::from(std::process::id()), 3, 78).unwrap();
+        assert_eq!(left, [(1, b"y".to_vec())]);
+        let (lot, left) = open(3);
+        assert_eq!(left, []);
+        drop(lot);
     }
 }

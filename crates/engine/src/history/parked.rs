@@ -4,7 +4,6 @@ use super::lot::{ParkedWrite, TmpfsLot};
 use crate::EngineError;
 use chain::Chain;
 use disk::{Buf, ByteRange, Disk, DiskError, Operation, WriteFlags};
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
 use storage::FileStorage;
@@ -23,7 +22,7 @@ impl Lot {
         let image = files.first().filter(|image| !image.is_block_device())?.clone();
         let opened = dataplane::offload(move || {
             let facts = image.file().metadata()?;
-            let (lot, left) = TmpfsLot::open(facts.dev(), facts.ino())?;
+            let (lot, left) = TmpfsLot::open(&facts)?;
             let stale = !left.is_empty() && lot.is_older_than(&facts)?;
             if stale {
                 lot.empty()?;

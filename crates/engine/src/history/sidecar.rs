@@ -202,12 +202,9 @@ fn lost(file: &Path, error: HistoryError) -> EngineError {
 }
 
 async fn open_sidecar(file: &Path, request: &HistoryRequest<'_>) -> Result<StorageHandle, DiskError> {
-    let cache = match request.cache {
-        CacheMode::Unsafe => storage::CacheMode::Unsafe,
-        _ => storage::CacheMode::Writeback,
-    };
-    // The image's lock is the history's, too.
-    let options = OpenOptions { read_only: !request.writable, cache, lock: LockMode::Off, ..OpenOptions::default() };
+    // The image's lock is the history's, too. It is synced also where the image's flushes are ignored: it is what knows
+    // that they were.
+    let options = OpenOptions { read_only: !request.writable, lock: LockMode::Off, ..OpenOptions::default() };
     let file = file.to_owned();
     dataplane::offload(move || FileStorage::open(file, &options)).await.map(StorageHandle::new)
 }

@@ -12,10 +12,12 @@ use tracking::{CreateOptions, History, Id, NewPoint, ParkingLot, Tracked};
 
 const GRANULE: u64 = 4096;
 
+type Parked = (u64, Vec<u8>);
+
 /// A lot that outlives a kill.
 #[derive(Default)]
 pub(crate) struct TestLot {
-    slots: RefCell<[Option<(u64, Vec<u8>)>; 8]>,
+    slots: RefCell<[Option<Parked>; 8]>,
     pub(crate) used: Cell<u64>,
 }
 

@@ -91,6 +91,24 @@ impl History {
         }
     }
 
+    /// The same for many ranges at once.
+    pub(crate) async fn declare_all(&self, ranges: &[ByteRange]) -> Result<(), DiskError> {
+        self.wake().await?;
+        loop {
+            if self.is_stopped() {
+                return Ok(());
+            }
+            let tickets = ranges.iter().filter_map(|range| {
+                let (start, end) = self.granules(*range);
+                self.queue_intents(start, end, true)
+            });
+            match tickets.max() {
+                Some(ticket) => self.durable(ticket).await?,
+                None => return Ok(()),
+            }
+        }
+    }
+
     /// Queues what is missing, and returns the ticket to wait for; with `None` the granules' bits are set.
     fn queue_intents(&self, start: u64, end: u64, streams: bool) -> Option<u64> {
         let committed = self.committed.get();

@@ -62,7 +62,12 @@ impl Lot {
             // Durable now; found once more after the next kill, it would undo what is written from here on.
             self.lot.empty().map_err(|e| DiskError::from_io(e, Operation::Write).on("parking lot"))?;
         }
-        disk.park_in(Rc::new(self.lot), Rc::new(|task| drop(dataplane::spawn_local(task))));
+        disk.park_in(
+            Rc::new(self.lot),
+            Rc::new(|task| {
+                dataplane::start_local(task);
+            }),
+        );
         Ok(())
     }
 

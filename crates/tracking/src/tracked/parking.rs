@@ -49,9 +49,21 @@ struct Parked {
     failed: bool,
 }
 
+/// A parked write that waits for its intent.
+struct Waiting {
+    range: ByteRange,
+    slot: usize,
+    /// Of the request, which is under way until the bytes are in the image.
+    key: usize,
+    buf: Buf,
+}
+
 /// The parked writes of one disk.
 #[derive(Default)]
 pub(super) struct Parking {
+    waiting: RefCell<Vec<Waiting>>,
+    /// Whether a task sees to those that wait.
+    attended: Cell<bool>,
     lot: RefCell<Option<(Rc<dyn ParkingLot>, Spawn)>>,
     free: RefCell<Vec<usize>>,
     /// By their offsets; they do not overlap.
@@ -123,13 +135,37 @@ impl<D: Disk> Tracked<D> {
         }
         self.parking.parked.borrow_mut().insert(range.offset(), Parked { end: range.end(), slot, failed: false });
         self.parking.any.set(true);
-        let this = Rc::clone(self);
-        spawn(Box::pin(async move {
-            let _request = this.owned_request(key);
-            let written = this.write_parked(range, buf).await;
-            this.leave(range, slot, written);
-        }));
+        self.parking.waiting.borrow_mut().push(Waiting { range, slot, key, buf });
+        if !self.parking.attended.replace(true) {
+            let this = Rc::clone(self);
+            spawn(Box::pin(async move { this.attend().await }));
+        }
         Ok(())
+    }
+
+    /// Makes the intents of all that wait durable, sends them to the image, and looks again: what came meanwhile shares the
+    /// next sync.
+    async fn attend(self: Rc<Self>) {
+        loop {
+            let batch = std::mem::take(&mut *self.parking.waiting.borrow_mut());
+            let lot = self.parking.lot.borrow().clone();
+            let Some((_, spawn)) = lot.filter(|_| !batch.is_empty()) else {
+                return self.parking.attended.set(false);
+            };
+            let ranges: Vec<ByteRange> = batch.iter().map(|write| write.range).collect();
+            // A failure is found again by each write, which keeps it.
+            if let Err(error) = self.history.declare_all(&ranges).await {
+                tracing::debug!(%error, "parked writes could not be declared");
+            }
+            for Waiting { range, slot, key, buf } in batch {
+                let this = Rc::clone(&self);
+                spawn(Box::pin(async move {
+                    let _request = this.owned_request(key);
+                    let written = this.write_parked(range, buf).await;
+                    this.leave(range, slot, written);
+                }));
+            }
+        }
     }
 
     async fn write_parked(&self, range: ByteRange, buf: Buf) -> Result<()> {

@@ -23,6 +23,10 @@ pub struct Executor<'a> {
     wakers: Vec<Waker>,
     ready: Arc<Ready>,
     random: fastrand::Rng,
+    /// Decides instead of chance, if there is one.
+    guide: Option<Guide>,
+    /// The task that was polled last.
+    last: usize,
     unfinished: usize,
 }
 
@@ -57,8 +61,15 @@ impl<'a> Executor<'a> {
             wakers: Vec::new(),
             ready: Arc::default(),
             random: fastrand::Rng::with_seed(seed),
+            guide: None,
+            last: 0,
             unfinished: 0,
         }
+    }
+
+    /// An executor whose order the guide decides.
+    pub fn guided(guide: &Guide) -> Self {
+        Self { guide: Some(guide.clone()), ..Self::new(0) }
     }
 
     /// Adds a task.
@@ -86,9 +97,13 @@ impl<'a> Executor<'a> {
             if ready.is_empty() {
                 return false;
             }
-            let at = self.random.usize(..ready.len());
+            let at = match &self.guide {
+                Some(guide) => guide.choose(&ready, self.last),
+                None => self.random.usize(..ready.len()),
+            };
             ready.swap_remove(at)
         };
+        self.last = task;
         if let Some(future) = &mut self.tasks[task] {
             let mut context = Context::from_waker(&self.wakers[task]);
             if future.as_mut().poll(&mut context).is_ready() {
@@ -192,6 +207,73 @@ impl<T> Future for Join<T> {
             }
         }
     }
+}
+
+/// Takes the decisions of one way through a program, and remembers what else could have been decided.
+///
+/// Clones are the same guide.
+#[derive(Clone)]
+pub struct Guide(Rc<RefCell<Way>>);
+
+struct Way {
+    /// The first decisions, given.
+    given: Vec<usize>,
+    /// All decisions so far: which, and of how many.
+    taken: Vec<(usize, usize)>,
+    /// How often a task may still be left that could go on.
+    preemptions: usize,
+}
+
+impl Guide {
+    /// The index of the ready task that is polled next.
+    fn choose(&self, ready: &[usize], last: usize) -> usize {
+        let mut way = self.0.borrow_mut();
+        // The last task first, then the others by their numbers.
+        let mut order: Vec<usize> = (0..ready.len()).collect();
+        order.sort_by_key(|at| (ready[*at] != last, ready[*at]));
+        let goes_on = ready[order[0]] == last;
+        let options = if goes_on && way.preemptions == 0 { 1 } else { order.len() };
+        let choice = way.given.get(way.taken.len()).copied().unwrap_or(0);
+        assert!(choice < options, "the program is not the same when it runs again");
+        way.taken.push((choice, options));
+        if goes_on && choice > 0 {
+            way.preemptions -= 1;
+        }
+        order[choice]
+    }
+
+    /// Whether all that was decided so far had been decided in an earlier way, too.
+    pub fn is_known(&self) -> bool {
+        let way = self.0.borrow();
+        way.taken.len() < way.given.len()
+    }
+}
+
+/// Runs a program in every order of its tasks in which a task that could go on is left at most `preemptions` times
+/// (most faults need one or two), and returns how many there are.
+///
+/// # Panics
+/// When there are more than `most`.
+pub fn every_order(preemptions: usize, most: u64, mut program: impl FnMut(&Guide)) -> u64 {
+    let mut given = Vec::new();
+    for run in 1..=most {
+        let way = Way { given: std::mem::take(&mut given), taken: Vec::new(), preemptions };
+        let guide = Guide(Rc::new(RefCell::new(way)));
+        program(&guide);
+        let mut taken = std::mem::take(&mut guide.0.borrow_mut().taken);
+        // The last decision that can be another one.
+        loop {
+            match taken.pop() {
+                None => return run,
+                Some((choice, of)) if choice + 1 < of => {
+                    given = taken.iter().map(|(choice, _)| *choice).chain([choice + 1]).collect();
+                    break;
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    panic!("there are more than {most} orders; make the program smaller");
 }
 
 /// Lets other tasks go first, once.

@@ -7,6 +7,7 @@ mod damage;
 mod faults;
 mod groups;
 mod host;
+mod orders;
 mod parking;
 mod points;
 mod resealed;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use storage::{FileStorage, LockMode, OpenOptions};
-use tracking::{CreateOptions, Damage, Distrust, History, HistoryError, Tracked};
+use tracking::{CreateOptions, Damage, Distrust, History, HistoryError, Host, Tracked};
 
 /// Between two looks at what is due beside the guest's requests.
 const TICK: Duration = Duration::from_secs(1);
@@ -89,10 +89,14 @@ async fn open_kept(
     lot: &mut Option<Lot>,
 ) -> Result<Result<Kept, String>, EngineError> {
     let HistoryRequest { spec, image, .. } = request;
+    let device = files.first().is_some_and(FileStorage::is_block_device);
     if spec.mode == HistoryMode::Off {
+        let file = spec.file.clone().or_else(|| (!device).then(|| sidecar_of(image)));
+        if let Some(file) = file.filter(|_| request.writable) {
+            settle(request, file, chain, files, lot).await?;
+        }
         return Ok(Err("it is switched off".to_owned()));
     }
-    let device = files.first().is_some_and(FileStorage::is_block_device);
     let file = match (&spec.file, device) {
         (Some(file), _) => file.clone(),
         (None, false) => sidecar_of(image),
@@ -103,6 +107,45 @@ async fn open_kept(
     match open_file(request, file, Rc::clone(chain), files, lot).await {
         Ok(kept) => Ok(kept),
         Err(error) => unavailable(spec, request, crate::chain_text(&error)),
+    }
+}
+
+/// Before an image is written to without its history: takes down how a killed writer has left it, so that the image's time
+/// tells of what follows. A killed writer alone leaves a doubt of some seconds.
+async fn settle(
+    request: &HistoryRequest<'_>,
+    file: PathBuf,
+    chain: &Rc<Chain>,
+    files: &[FileStorage],
+    lot: &mut Option<Lot>,
+) -> Result<(), EngineError> {
+    let path = file.clone();
+    if !dataplane::offload(move || path.exists()).await {
+        return Ok(());
+    }
+    let host = Rc::new(FileHost::new(Rc::clone(chain), files.to_vec(), file.clone()));
+    // Durable before anything is written unseen, whatever the image's own cache mode is.
+    let durable = HistoryRequest { cache: CacheMode::Writeback, ..*request };
+    let settled = match open_sidecar(&file, &durable).await {
+        Ok(storage) => History::open(storage, host.clone()).await,
+        Err(error) => Err(error.into()),
+    };
+    match settled {
+        Ok((_, distrust)) => {
+            give_up_if_changed(lot, distrust.as_ref())?;
+            // Writes from now on bear another time.
+            host.let_time_pass().await;
+        }
+        Err(error) => tracing::warn!(history = %file.display(), %error, "the history that is not kept cannot be read"),
+    }
+    Ok(())
+}
+
+/// Parked writes belong to the image as it was.
+fn give_up_if_changed(lot: &mut Option<Lot>, distrust: Option<&Distrust>) -> Result<(), EngineError> {
+    match (lot, distrust) {
+        (Some(lot), Some(distrust)) if !matches!(distrust, Distrust::Lost(_)) => lot.give_up(),
+        _ => Ok(()),
     }
 }
 
@@ -143,9 +186,7 @@ async fn open_file(
     };
     let (history, distrust) = match opened {
         Ok((history, distrust)) => {
-            if let (Some(lot), Some(_)) = (lot, distrust.as_ref().filter(|d| !matches!(d, Distrust::Lost(_)))) {
-                lot.give_up()?;
-            }
+            give_up_if_changed(lot, distrust.as_ref())?;
             (history, distrust.map(|d| d.to_string()))
         }
         // A later version's: it is not ours to judge.

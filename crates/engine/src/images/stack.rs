@@ -3,7 +3,7 @@
 use super::gate::{FileGate, FileId, RecordingGate};
 use super::live::LiveDisk;
 use crate::history::{HistorySpec, Kept};
-use crate::{CacheMode, EngineError, Format, HistoryMode, ImageSpec, history};
+use crate::{CacheMode, EngineError, Format, ImageSpec, history};
 use chain::{Chain, LayerInfo, ParentSpec, StackSpec};
 use disk::{Disk, DiskHandle, LayerHandle, Preallocation, StorageHandle};
 use formats::raw::{self, RawLayer};
@@ -198,13 +198,14 @@ async fn open_history(
     files: &[FileStorage],
 ) -> Result<Result<Kept, String>, EngineError> {
     let spec = match &request.history {
-        HistoryUse::None => return Ok(Err("it was not opened".to_owned())),
+        HistoryUse::None if !request.writable => return Ok(Err("it was not opened".to_owned())),
+        HistoryUse::None => HistorySpec::off(),
         HistoryUse::Kept(spec) => spec.clone(),
         HistoryUse::IfThere(file) | HistoryUse::Mended(file) => {
             let sidecar = file.clone().unwrap_or_else(|| history::sidecar_of(&request.image.file));
             match dataplane::offload(move || sidecar.exists()).await {
                 true => HistorySpec { file: file.clone(), ..HistorySpec::default() },
-                false => HistorySpec { mode: HistoryMode::Off, ..HistorySpec::default() },
+                false => HistorySpec::off(),
             }
         }
     };

@@ -17,7 +17,7 @@ const DIRECTORIES: [&str; 2] = ["/dev/shm", "/run"];
 /// What `statfs` calls it.
 const TMPFS: i64 = 0x0102_1994;
 /// Writes that may be parked.
-const SLOTS: usize = 1024;
+const SLOTS: usize = 256;
 /// Bytes of the longest one. Longer ones are worth a wait.
 const SLOT_BYTES: usize = 16 << 10;
 /// Nanoseconds between the last parking and the end of the writes that were parked, and more.
@@ -193,14 +193,14 @@ mod tests {
     fn records_outlive_their_writer() {
         let (lot, left) = open(1);
         assert_eq!(left, []);
-        assert!(lot.put(3, 1 << 40, &[7; 4096]) && lot.put(1000, 5, b"x") && lot.put(0, 0, &[1; SLOT_BYTES]));
-        assert_eq!(lot.get(1000).as_deref(), Some(&b"x"[..]));
+        assert!(lot.put(3, 1 << 40, &[7; 4096]) && lot.put(200, 5, b"x") && lot.put(0, 0, &[1; SLOT_BYTES]));
+        assert_eq!(lot.get(200).as_deref(), Some(&b"x"[..]));
         assert!(lot.clear(0));
         // As a kill does: no destructor runs.
         std::mem::forget(lot);
         let (lot, left) = open(1);
         assert_eq!(left, [(1 << 40, vec![7; 4096]), (5, b"x".to_vec())]);
-        assert!(lot.clear(3) && lot.clear(1000));
+        assert!(lot.clear(3) && lot.clear(200));
         let path = lot.path.clone();
         drop(lot);
         assert!(!path.exists());

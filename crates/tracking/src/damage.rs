@@ -110,9 +110,9 @@ impl fmt::Display for HistoryError {
         match self {
             Self::Disk(error) => write!(f, "{error}"),
             Self::Damaged(damage) => write!(f, "the history is damaged: {damage}"),
-            Self::NoSuchPoint { name } => write!(f, "there is no point {name:?}"),
+            Self::NoSuchPoint { name } => write!(f, "there is no mark {name:?}"),
             Self::PointExists { name } => {
-                write!(f, "there is a point {name:?} already; delete it or choose another name")
+                write!(f, "there is a mark {name:?} already; delete it or choose another name")
             }
             Self::BadName { name } => write!(
                 f,

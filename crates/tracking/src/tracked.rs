@@ -152,7 +152,7 @@ impl<D: Disk> Disk for Tracked<D> {
             return Either::Left(self.inner.read(offset, buf));
         }
         Either::Right(async move {
-            self.wait_for_parked(ByteRange::new(offset, buf.len() as u64)).await?;
+            self.wait_for_parked_to_read(ByteRange::new(offset, buf.len() as u64)).await?;
             self.inner.read(offset, buf).await
         })
     }
@@ -181,7 +181,10 @@ impl<D: Disk> Disk for Tracked<D> {
             Box::pin(self.preserve(range)).await;
         }
         // A zeroing that begins from here on finds this write under way.
-        self.inner.write(offset, buf, flags).await
+        self.parking.sign();
+        let result = self.inner.write(offset, buf, flags).await;
+        self.parking.sign();
+        result
     }
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
@@ -191,7 +194,9 @@ impl<D: Disk> Disk for Tracked<D> {
             Box::pin(self.preserve(range)).await;
         }
         let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
+        self.parking.sign();
         let result = self.inner.write_zeroes(range, mode, flags).await;
+        self.parking.sign();
         let kind = ChangeKind::Zero;
         Box::pin(self.end_zeroing(zeroing, range, kind, result.is_ok(), flags)).await;
         result
@@ -204,7 +209,9 @@ impl<D: Disk> Disk for Tracked<D> {
             Box::pin(self.preserve(range)).await;
         }
         let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
+        self.parking.sign();
         let result = self.inner.discard(range, flags).await;
+        self.parking.sign();
         let kind = ChangeKind::Discarded;
         Box::pin(self.end_zeroing(zeroing, range, kind, result.is_ok(), flags)).await;
         result
@@ -212,6 +219,7 @@ impl<D: Disk> Disk for Tracked<D> {
 
     async fn flush(&self) -> Result<()> {
         if self.parking.any() {
+            let _request = self.enter(ByteRange::new(0, 0)).await;
             Box::pin(self.wait_for_all_parked()).await?;
         }
         let settled = std::mem::take(&mut *self.settled.borrow_mut());
@@ -229,7 +237,7 @@ impl<D: Disk> Disk for Tracked<D> {
             return Either::Left(self.inner.map(range));
         }
         Either::Right(async move {
-            self.wait_for_parked(range).await?;
+            self.wait_for_parked_to_read(range).await?;
             self.inner.map(range).await
         })
     }

@@ -35,6 +35,8 @@ pub trait ParkingLot: 'static {
     fn get(&self, slot: usize) -> Option<Vec<u8>>;
     /// Forgets what is in a slot. `false`: it is still there.
     fn clear(&self, slot: usize) -> bool;
+    /// Something else is written to the disk while writes are parked: how old the lot is tells whether somebody else did.
+    fn sign(&self) {}
 }
 
 /// Starts a task on the disk's thread.
@@ -77,6 +79,15 @@ impl Parking {
     /// Whether any write is parked. The hot path's question.
     pub(super) fn any(&self) -> bool {
         self.any.get()
+    }
+
+    /// The disk is being written to, or was just now.
+    pub(super) fn sign(&self) {
+        if self.any()
+            && let Some((lot, _)) = &*self.lot.borrow()
+        {
+            lot.sign();
+        }
     }
 
     fn overlapping(&self, range: ByteRange) -> Option<(u64, Parked)> {
@@ -201,8 +212,15 @@ impl<D: Disk> Tracked<D> {
     async fn retry(&self, offset: u64, parked: Parked) -> Result<()> {
         let Some((lot, _)) = self.parking.lot.borrow().clone() else { return Ok(()) };
         let range = ByteRange::between(offset, parked.end);
-        let Some(bytes) = lot.get(parked.slot) else { return Ok(()) };
-        // Nobody else is to try at the same time.
+        let Some(bytes) = lot.get(parked.slot) else {
+            let reason = "the bytes of a write that was answered before are gone from the memory where they were kept";
+            return Err(disk::DiskError::new(disk::ErrorKind::Io, disk::Operation::Write)
+                .at(range)
+                .because(reason.to_owned()));
+        };
+        // Nobody else is to try at the same time, and a mark waits: the caller is a request itself, or holds all requests.
+        let key = self.under_way.borrow_mut().insert(range);
+        let _request = self.owned_request(key);
         if let Some(entry) = self.parking.parked.borrow_mut().get_mut(&offset) {
             entry.failed = false;
         }
@@ -217,7 +235,17 @@ impl<D: Disk> Tracked<D> {
         told
     }
 
-    /// Waits until nothing parked overlaps the range.
+    /// Waits until nothing parked overlaps the range, for who is no request that changes bytes. What cannot be written is
+    /// tried again, so no instant may pass meanwhile.
+    ///
+    /// # Errors
+    /// As [`Tracked::wait_for_parked`].
+    pub(super) async fn wait_for_parked_to_read(&self, range: ByteRange) -> Result<()> {
+        let _request = self.enter(ByteRange::new(range.offset(), 0)).await;
+        self.wait_for_parked(range).await
+    }
+
+    /// Waits until nothing parked overlaps the range. Within a request, or while requests are held.
     ///
     /// # Errors
     /// When a parked write there cannot be done.
@@ -235,7 +263,7 @@ impl<D: Disk> Tracked<D> {
         Ok(())
     }
 
-    /// Waits until all that is parked now has been written.
+    /// Waits until all that is parked now has been written. Within a request, or while requests are held.
     ///
     /// # Errors
     /// When a parked write cannot be done.

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use testkit::conformance::{Workload, workload};
 use testkit::executor::{self, Executor};
 use testkit::{MemoryStorage, ModelDisk, seeds};
-use tracking::{CreateOptions, History, Id, NewPoint, ParkingLot, Tracked};
+use tracking::{Consistency, CreateOptions, History, Id, NewPoint, ParkingLot, Tracked};
 
 const GRANULE: u64 = 4096;
 
@@ -154,4 +154,38 @@ fn a_full_disk_is_told_by_the_flush_and_nothing_is_lost() {
             assert_eq!(again.read(16384, Buf::new(1)).await.unwrap()[0], 4);
         });
     });
+}
+
+#[test]
+fn what_is_tried_again_is_on_one_side_of_a_mark() {
+    let mut later = 0;
+    seeds::each(300, |seed| {
+        later += u32::from(executor::run(seed, async move {
+            let host = TestHost::new(seed);
+            let (image, sidecar) = (MemoryStorage::new(1 << 20).yielding(seed), MemoryStorage::new(0));
+            let lot = Rc::new(TestLot::default());
+            create(&sidecar, &host, 1 << 20).await;
+            let disk = open(&image, &sidecar, &host, &lot).await;
+            image.fail_from(Some(Operation::Write), 0, ErrorKind::NoSpace);
+            disk.write(8192, Buf::copy_of(&[2; 512]), WriteFlags::default()).await.unwrap();
+            disk.flush().await.unwrap_err();
+            image.heal();
+            let again = Rc::clone(&disk);
+            let flush = executor::spawn(async move { again.flush().await });
+            for _ in 0..seed % 40 {
+                executor::yield_now().await;
+            }
+            let held = disk.hold("m").await.unwrap();
+            let then = image.to_vec()[8192];
+            let _point =
+                held.cut(NewPoint { name: "m".to_owned(), set: Id::NONE }).commit(Consistency::Crash).await.unwrap();
+            flush.await.unwrap();
+            let now = image.to_vec()[8192];
+            assert_eq!(now, 2);
+            let changed = !crate::answers::all_changes(disk.history(), "m", None, 64).await.is_empty();
+            assert!(changed || then == now, "a change is missed");
+            then != now
+        }));
+    });
+    println!("{later} came after the mark");
 }

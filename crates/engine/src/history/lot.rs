@@ -1,15 +1,15 @@
 //! The parking lot of a disk: a file in memory (tmpfs), which outlives this process and not the machine.
 
 use disk::ByteRange;
-use rustix::fs::{CWD, Mode, OFlags, fstat, fstatfs, openat, unlink};
+use rustix::fs::{CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fstat, fstatfs, futimens, openat, unlink};
 use rustix::io::{pread, pwrite};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 use tracking::ParkingLot;
 
 /// Where memory is, as a rule.
@@ -20,8 +20,10 @@ const TMPFS: i64 = 0x0102_1994;
 const SLOTS: usize = 256;
 /// Bytes of the longest one. Longer ones are worth a wait.
 const SLOT_BYTES: usize = 16 << 10;
-/// Nanoseconds between the last parking and the end of the writes that were parked, and more.
+/// Nanoseconds between the last parking or sign and the end of the writes that go with it, and more.
 const LATER: i128 = 3_000_000_000;
+/// Between two signs that the disk is written to.
+const SIGNS: Duration = Duration::from_millis(500);
 /// Bytes of a slot's head: magic, checksum, offset, length.
 const HEAD: usize = 32;
 const MAGIC: u32 = 0x4b50_5748; // "HWPK"
@@ -34,12 +36,18 @@ const fn place(slot: usize) -> u64 {
     FRONT + slot as u64 * STRIDE
 }
 
+fn name(device: u64, inode: u64) -> String {
+    format!("highwater-{device:x}-{inode:x}.parked")
+}
+
 /// A file in memory with a slot for each parked write.
 pub(super) struct TmpfsLot {
     file: OwnedFd,
     path: PathBuf,
     /// A slot's bytes on their way.
     scratch: RefCell<Vec<u8>>,
+    /// When the file's age was last made to say that the disk is written to.
+    signed: Cell<Option<Instant>>,
 }
 
 /// A write that an earlier process had parked.
@@ -58,6 +66,14 @@ impl TmpfsLot {
         Self::of(image.dev(), image.ino(), birth)
     }
 
+    /// Whether an earlier process may have left something; nothing is made, and nothing opened.
+    pub(super) fn may_hold(image: &fs::Metadata) -> bool {
+        DIRECTORIES.iter().any(|directory| {
+            let path = Path::new(directory).join(name(image.dev(), image.ino()));
+            fs::symlink_metadata(path).is_ok_and(|lot| lot.len() > FRONT)
+        })
+    }
+
     fn of(device: u64, inode: u64, birth: u128) -> io::Result<(Self, Vec<ParkedWrite>)> {
         let mut last = io::Error::new(io::ErrorKind::NotFound, "no file system in memory");
         for directory in DIRECTORIES {
@@ -70,7 +86,7 @@ impl TmpfsLot {
     }
 
     fn open_in(directory: &Path, device: u64, inode: u64, birth: u128) -> io::Result<(Self, Vec<ParkedWrite>)> {
-        let path = directory.join(format!("highwater-{device:x}-{inode:x}.parked"));
+        let path = directory.join(name(device, inode));
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(CWD, &path, flags, Mode::RUSR | Mode::WUSR)?;
         let refused =
@@ -84,7 +100,7 @@ impl TmpfsLot {
         {
             return refused("belongs to somebody else");
         }
-        let lot = Self { file, path, scratch: RefCell::default() };
+        let lot = Self { file, path, scratch: RefCell::default(), signed: Cell::default() };
         let mut front = FRONT_MAGIC.to_vec();
         front.extend(birth.to_le_bytes());
         let mut found = vec![0; front.len()];
@@ -173,6 +189,16 @@ impl ParkingLot for TmpfsLot {
     fn clear(&self, slot: usize) -> bool {
         pwrite(&self.file, &[0; 4], place(slot)).is_ok_and(|written| written == 4)
     }
+
+    fn sign(&self) {
+        if self.signed.get().is_some_and(|last| last.elapsed() < SIGNS) {
+            return;
+        }
+        self.signed.set(Some(Instant::now()));
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        // Too old a lot is given up, which is told.
+        let _signed = futimens(&self.file, &Timestamps { last_access: now, last_modification: now });
+    }
 }
 
 impl Drop for TmpfsLot {
@@ -217,6 +243,34 @@ mod tests {
         std::mem::forget(lot);
         assert!(TmpfsLot::open_in(path.parent().unwrap(), u64::from(std::process::id()), 2, 77).is_err());
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_sign_says_that_the_disk_is_written_to() {
+        let (lot, _) = open(4);
+        let long_ago = Timespec { tv_sec: 1_000_000, tv_nsec: 0 };
+        futimens(&lot.file, &Timestamps { last_access: long_ago, last_modification: long_ago }).unwrap();
+        let image = fs::metadata(&lot.path).unwrap();
+        let written_to = std::env::temp_dir().join(format!("highwater-lot-{}", std::process::id()));
+        fs::write(&written_to, "x").unwrap();
+        let now = fs::metadata(&written_to).unwrap();
+        fs::remove_file(written_to).unwrap();
+        assert!(lot.is_older_than(&now).unwrap() && !lot.is_older_than(&image).unwrap());
+        lot.sign();
+        assert!(!lot.is_older_than(&now).unwrap());
+    }
+
+    #[test]
+    fn what_an_image_may_have_left_is_seen_without_opening_it() {
+        let image = std::env::temp_dir().join(format!("highwater-left-{}", std::process::id()));
+        fs::write(&image, "x").unwrap();
+        let facts = fs::metadata(&image).unwrap();
+        fs::remove_file(image).unwrap();
+        assert!(!TmpfsLot::may_hold(&facts));
+        let (lot, _) = TmpfsLot::open(&facts).unwrap();
+        assert!(!TmpfsLot::may_hold(&facts) && lot.put(0, 0, b"y") && TmpfsLot::may_hold(&facts));
+        lot.empty().unwrap();
+        assert!(!TmpfsLot::may_hold(&facts));
     }
 
     #[test]

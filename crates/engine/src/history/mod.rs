@@ -24,6 +24,7 @@ pub(crate) mod views;
 pub use audit::{AuditReport, AuditSpec};
 pub use marking::{FreezeSpec, MarkSpec};
 pub use offline::{HistorySource, refuse_freeze};
+pub(crate) use parked::{forget_parked, may_be_parked, tell_of_parked};
 pub use sidecar::sidecar_of;
 pub(crate) use sidecar::{HistoryRequest, Kept, is_history, open};
 pub use spec::{HistoryMode, HistorySpec};

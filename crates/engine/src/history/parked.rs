@@ -4,7 +4,8 @@ use super::lot::{ParkedWrite, TmpfsLot};
 use crate::EngineError;
 use chain::Chain;
 use disk::{Buf, ByteRange, Disk, DiskError, Operation, WriteFlags};
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use storage::FileStorage;
 use tracking::{HistoryError, Tracked};
@@ -86,6 +87,33 @@ impl Lot {
         }
         chain.flush().await?;
         self.lot.empty().map_err(|e| EngineError::file("parking lot", "empty", e))
+    }
+}
+
+/// Whether a killed process may have left writes of that image.
+pub(crate) async fn may_be_parked(image: PathBuf) -> bool {
+    dataplane::offload(move || fs::metadata(image).is_ok_and(|facts| TmpfsLot::may_hold(&facts))).await
+}
+
+/// Says that a reader does not see what a killed process has left; the reader has the image's lock, so nobody serves it.
+pub(crate) async fn tell_of_parked(image: PathBuf) {
+    if may_be_parked(image.clone()).await {
+        tracing::warn!(
+            image = %image.display(),
+            "a killed process may have answered writes that are not in the image yet, and this reader does not see them; \
+             to have them put back, serve the disk for writing once"
+        );
+    }
+}
+
+/// Forgets what a killed process has left of an image that has been replaced; who replaced it has its lock.
+pub(crate) async fn forget_parked(image: PathBuf) {
+    let forgotten = dataplane::offload(move || match fs::metadata(image) {
+        Ok(facts) if TmpfsLot::may_hold(&facts) => TmpfsLot::open(&facts).and_then(|(lot, _)| lot.empty()),
+        _ => Ok(()),
+    });
+    if let Err(error) = forgotten.await {
+        tracing::warn!(%error, "parked writes of the replaced image are left");
     }
 }
 

@@ -1,7 +1,7 @@
 //! The sidecar file: where it is, how it is made and opened, and what becomes of a damaged one.
 
 use super::host::FileHost;
-use super::parked::Lot;
+use super::parked::{self, Lot};
 use super::{HistoryMode, HistorySpec};
 use crate::images::stack::Stack;
 use crate::{CacheMode, EngineError, durable_file};
@@ -69,9 +69,15 @@ pub(crate) async fn open(
     files: &[FileStorage],
 ) -> Result<Result<Kept, String>, EngineError> {
     let image = request.image;
-    let mut lot = match request.writable {
+    // Who mends an image by other ways has its history written, but not the image.
+    let mut lot = match request.writable && !chain.geometry().read_only {
         true => Lot::open(files).await,
-        false => None,
+        false => {
+            if !request.writable {
+                parked::tell_of_parked(image.to_owned()).await;
+            }
+            None
+        }
     };
     let opened = open_kept(&request, &chain, files, &mut lot).await;
     match (lot, &opened) {
@@ -144,7 +150,9 @@ async fn settle(
 /// Parked writes belong to the image as it was.
 fn give_up_if_changed(lot: &mut Option<Lot>, distrust: Option<&Distrust>) -> Result<(), EngineError> {
     match (lot, distrust) {
-        (Some(lot), Some(distrust)) if !matches!(distrust, Distrust::Lost(_)) => lot.give_up(),
+        // Of times the lot has its own signs, which go on where the sidecar is slow.
+        (Some(_), Some(Distrust::Lost(_) | Distrust::ModifiedLater { .. })) => Ok(()),
+        (Some(lot), Some(_)) => lot.give_up(),
         _ => Ok(()),
     }
 }

@@ -4,20 +4,40 @@ use super::gate::FileGate;
 use super::mended::Mended;
 use super::report::CheckReport;
 use super::request::{CheckSpec, RepairMode};
+use super::stack::{HistoryUse, OpenRequest, Stack};
 use super::watched::Watched;
 use super::{Progress, ProgressUnit, offload_format};
-use crate::{EngineError, Format};
+use crate::{EngineError, Format, history};
 use chain::{Access, OpenGate};
 use disk::StorageHandle;
 use formats::qcow2::Header;
 use formats::qcow2::check::{self, Finding, Severity};
 use std::path::PathBuf;
 
+/// Has the writes put back that a killed process has left: after a repair they would seem to be of an older image.
+async fn put_back_parked(spec: &CheckSpec, format: Format) {
+    let request = OpenRequest {
+        writable: true,
+        history: HistoryUse::IfThere(spec.history_file.clone()),
+        ..OpenRequest::reading(spec.file.clone(), format)
+    };
+    let put_back = match Stack::open(&request).await {
+        Ok(stack) => stack.close().await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = put_back {
+        tracing::warn!(image = %spec.file.display(), error = crate::chain_text(&error), "parked writes are not put back before the repair");
+    }
+}
+
 /// Checks.
 pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckReport, EngineError> {
     let format = offload_format(spec.file.clone(), spec.format).await?;
     if format == Format::Raw {
         return Err(EngineError::Unsupported(format!("{}: raw images have no metadata to check", spec.file.display())));
+    }
+    if spec.repair.is_some() && history::may_be_parked(spec.file.clone()).await {
+        put_back_parked(&spec, format).await;
     }
     let access = if spec.repair.is_some() { Access::ReadWrite } else { Access::ReadOnly };
     let gate = FileGate { force_share: spec.force_share && spec.repair.is_none(), ..FileGate::cached() };

@@ -67,6 +67,7 @@ pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Re
     match result {
         Ok(created) => {
             if image.made.is_none() {
+                history::forget_parked(spec.file.clone()).await;
                 remove_history_of_replaced(&spec.file).await;
             }
             Ok(created)

@@ -16,7 +16,7 @@ use tracking::{Held, UncommittedPoint};
 /// What is done about the image's history.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum HistoryUse {
-    /// Nothing. Who writes like this breaks it.
+    /// Nothing. Who opens an image for writing like this has its marks refused.
     #[default]
     None,
     /// It is kept if there is one; in that file, or beside the image.
@@ -198,7 +198,12 @@ async fn open_history(
     files: &[FileStorage],
 ) -> Result<Result<Kept, String>, EngineError> {
     let spec = match &request.history {
-        HistoryUse::None if !request.writable => return Ok(Err("it was not opened".to_owned())),
+        HistoryUse::None if !request.writable => {
+            if !request.force_share {
+                history::tell_of_parked(request.image.file.clone()).await;
+            }
+            return Ok(Err("it was not opened".to_owned()));
+        }
         HistoryUse::None => HistorySpec::off(),
         HistoryUse::Kept(spec) => spec.clone(),
         HistoryUse::IfThere(file) | HistoryUse::Mended(file) => {

@@ -3,13 +3,16 @@
 
     bench/tracking.py --highwater target/release/highwater [--rounds 5] [--seconds 3] [--json FILE] [CASE ...]
     bench/tracking.py memory changes
+    bench/tracking.py --seconds 30 epoch
 
 4k random writes of fio (nbd engine, over a unix socket) to images that were written all over before. Both servers run, each
 has an image of its own, and they take turns. `steady`: every granule has changed since the last mark already. `cold`: a mark
 is taken right before each run, so that the first write to each granule is journalled. Shown are medians of IOPS and of the
 99th percentile of latency, the server's CPU time per request over all runs (user and system, from /proc/PID/stat), and
-ratios on to off, for IOPS the median of the pairs: 1.00 means that tracking costs nothing. `memory` writes to 100,000 random places of a sparse disk of 2 TiB, with 1 mark and
-with 1,000, and `changes` asks over the API what changed on a disk of 1 TiB. Needs qemu-utils, fio and python3-libnbd.
+ratios on to off, for IOPS the median of the pairs: 1.00 means that tracking costs nothing. `epoch` has one server and one
+image, and sets runs right after a mark against runs in the steady state: nothing differs but the first writes, and what one
+of them costs is told, too. `memory` writes to 100,000 random places of a sparse disk of 2 TiB, with 1 mark and with 1,000, and
+`changes` asks over the API what changed on a disk of 1 TiB. Needs qemu-utils, fio and python3-libnbd.
 """
 
 import argparse, http.client, json, os, random, re, signal, socket, statistics, subprocess, sys, tempfile, time
@@ -19,6 +22,13 @@ CASES = {
     f"{epoch}-{size}-{fmt}-{cache}-{depth}": (fmt, cache, depth, size, epoch == "cold")
     for epoch, sizes in (("steady", ("1G",)), ("cold", ("1G", "4G")))
     for size in sizes
+    for fmt in ("raw", "qcow2")
+    for cache in ("writeback", "none")
+    for depth in (1, 32)
+}
+EPOCHS = {
+    # name: (format, cache mode, depth); of 1 GiB
+    f"epoch-{fmt}-{cache}-{depth}": (fmt, cache, depth)
     for fmt in ("raw", "qcow2")
     for cache in ("writeback", "none")
     for depth in (1, 32)
@@ -120,11 +130,10 @@ def full_images(directory, fmt, size):
     return paths
 
 
-def measure(args, server, case, seed):
-    _, _, depth, size, cold = CASES[case]
+def measure(args, server, depth, size, mark, seed):
     # The run before has nothing left to write.
     run("qemu-io", "-f", "raw", server.uri, "-c", "flush")
-    if cold and server.history == "on":
+    if mark:
         server.mark(f"m{time.time_ns()}")
     os.sync()
     before = cpu_seconds(server.pid)
@@ -132,33 +141,45 @@ def measure(args, server, case, seed):
     return {"iops": iops, "count": count, "cpu": cpu_seconds(server.pid) - before, "p99_us": p99}
 
 
-def compare(args, case, images, directory):
-    fmt, cache, _, size, cold = CASES[case]
+def images_for(images, directory, fmt, size):
     if (fmt, size) not in images:
         for old in images.values():
             for path in old.values():
                 os.unlink(path)
         images.clear()
         images[fmt, size] = full_images(directory, fmt, size)
+    return images[fmt, size]
+
+
+def touch_every_granule(server, size):
+    """Then there is no first write in the runs that follow."""
+    run("qemu-img", "bench", "-q", "-f", "raw", "-w", "--pattern=85", "-s", "4k", "-S", "64k", "-d", "32",
+        "-c", str(size_bytes(size) >> 16), server.uri)
+
+
+def medians(samples):
+    # CPU time of all runs together: the clock of /proc has steps of 10 ms.
+    return {key: statistics.median(s[key] for s in samples) for key in ("iops", "p99_us")} | {
+        "cpu_us": sum(s["cpu"] for s in samples) / sum(s["count"] for s in samples) * 1e6}
+
+
+def compare(args, case, images, directory):
+    fmt, cache, depth, size, cold = CASES[case]
     servers = {history: Server(args, image, fmt, os.path.join(directory, history), history, "--cache", cache)
-               for history, image in images[fmt, size].items()}
+               for history, image in images_for(images, directory, fmt, size).items()}
     samples = {history: [] for history in servers}
     try:
         for server in servers.values() if not cold else ():
-            # Every granule once: what is journalled and marked here is so no more in the runs.
-            run("qemu-img", "bench", "-q", "-f", "raw", "-w", "--pattern=85", "-s", "4k", "-S", "64k", "-d", "32",
-                "-c", str(size_bytes(size) >> 16), server.uri)
+            touch_every_granule(server, size)
         for round_ in range(args.rounds):
             for history in ("off", "on") if round_ % 2 == 0 else ("on", "off"):
-                samples[history].append(measure(args, servers[history], case, round_ + 1))
+                samples[history].append(measure(args, servers[history], depth, size, cold and history == "on", round_ + 1))
     finally:
         for server in servers.values():
             server.stop()
     row = {"case": case, "samples": samples}
     for history, taken in samples.items():
-        row[history] = {key: statistics.median(s[key] for s in taken) for key in ("iops", "p99_us")}
-        # Of all runs together: the clock of /proc has steps of 10 ms.
-        row[history]["cpu_us"] = sum(s["cpu"] for s in taken) / sum(s["count"] for s in taken) * 1e6
+        row[history] = medians(taken)
     # Of neighbours in time, whose machine was alike.
     pairs = [on["iops"] / off["iops"] for off, on in zip(samples["off"], samples["on"])]
     row |= {"iops_ratio": statistics.median(pairs), "iops_ratios": sorted(pairs)}
@@ -167,6 +188,39 @@ def compare(args, case, images, directory):
                       for h in ("off", "on"))
     print(f"{case:28} {sides}  IOPS x{row['iops_ratio']:.3f} ({pairs_text(pairs)}) CPU x{row['cpu_us_ratio']:.3f} "
           f"p99 x{row['p99_us_ratio']:.2f}", flush=True)
+    return row
+
+
+def epoch(args, case, images, directory):
+    """One server, one image: runs from a mark on, and runs without."""
+    fmt, cache, depth = EPOCHS[case]
+    size = "1G"
+    server = Server(args, images_for(images, directory, fmt, size)["on"], fmt, os.path.join(directory, "on"), "on",
+                    "--cache", cache)
+    samples = {"steady": [], "cold": []}
+    try:
+        # What is thrown away: the first run of a server is not like the others.
+        measure(args, server, depth, size, True, 99)
+        for round_ in range(args.rounds):
+            for side in ("steady", "cold") if round_ % 2 == 0 else ("cold", "steady"):
+                if side == "steady":
+                    touch_every_granule(server, size)
+                samples[side].append(measure(args, server, depth, size, side == "cold", round_ + 1))
+    finally:
+        server.stop()
+    row = {"case": case, "seconds": args.seconds, "samples": samples} | {side: medians(s) for side, s in samples.items()}
+    pairs = [cold["iops"] / steady["iops"] for steady, cold in zip(samples["steady"], samples["cold"])]
+    granules = size_bytes(size) >> 16
+    # The share of granules that so many random writes reach.
+    firsts = sum(granules * (1 - (1 - 1 / granules) ** s["count"]) for s in samples["cold"])
+    writes = sum(s["count"] for s in samples["cold"])
+    more = row["cold"]["cpu_us"] - row["steady"]["cpu_us"]
+    row |= {"iops_ratio": statistics.median(pairs), "cpu_ratio": row["cold"]["cpu_us"] / row["steady"]["cpu_us"],
+            "firsts": firsts, "writes": writes, "first_write_us": more * writes / firsts}
+    print(f"{case:28} steady {row['steady']['iops']:8.0f} IOPS {row['steady']['cpu_us']:6.2f} us  from a mark on "
+          f"{row['cold']['iops']:8.0f} IOPS {row['cold']['cpu_us']:6.2f} us  IOPS x{row['iops_ratio']:.3f} "
+          f"({pairs_text(pairs)}) CPU x{row['cpu_ratio']:.3f}; {firsts / writes:.1%} first writes, each "
+          f"{row['first_write_us']:+.1f} us of CPU", flush=True)
     return row
 
 
@@ -273,7 +327,7 @@ def changes(args, directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="memory, changes, or parts of: " + ", ".join(CASES))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="memory, changes, or parts of: " + ", ".join((*CASES, *EPOCHS)))
     parser.add_argument("--highwater", default="target/release/highwater")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3)
@@ -281,12 +335,15 @@ def main():
     parser.add_argument("--dir", default=None, help="where images are made (not a tmpfs: no direct I/O there; 12 GiB)")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
-    asked = args.cases or ["steady", "cold", "memory", "changes"]
+    asked = args.cases or ["steady", "cold", "epoch", "memory", "changes"]
     rows, images = [], {}
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="highwater-bench-") as directory:
         for case in sorted(CASES, key=lambda c: (CASES[c][0], CASES[c][3])):
             if any(part in case for part in asked):
                 rows.append(compare(args, case, images, directory))
+        for case in sorted(EPOCHS, key=lambda c: EPOCHS[c][0]):
+            if any(part in case for part in asked):
+                rows.append(epoch(args, case, images, directory))
         for name, how in (("memory", memory), ("changes", changes)):
             if name in asked:
                 rows += how(args, directory)

@@ -4,7 +4,7 @@
 //! bytes are and moves them itself. [`StackSpec`] says as plain data which images make up a disk, and
 //! [`open`] is the one entry point that opens it, through an [`OpenGate`] that decides what may be opened.
 //!
-//! Invariant: only the top layer is ever written. Nothing here knows a format's insides, and nothing
+//! Invariant: a guest writes to the top layer alone. Nothing here knows a format's insides, and nothing
 //! guesses a format from an image's bytes.
 
 mod chain;
@@ -15,6 +15,8 @@ mod read;
 mod requests;
 mod resize;
 mod spec;
+mod stack;
+mod switch;
 mod write;
 mod zero;
 

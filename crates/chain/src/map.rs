@@ -1,14 +1,14 @@
 //! Where the guest's bytes come from, over all layers.
 
-use crate::Chain;
+use crate::stack::Stack;
 use disk::{ByteRange, DiskExtent, ExtentSource, LocalFuture, Presence, Result};
 
 /// Answers that are put together into one at most, so that a question stays short.
 const MERGED_MAX: usize = 256;
 
-impl Chain {
+impl<'a> Stack<'a> {
     /// The first run of bytes in one state; neighbours in the same state are put together.
-    pub(crate) async fn map_merged(&self, range: ByteRange) -> Result<DiskExtent> {
+    pub(crate) async fn map_merged(self, range: ByteRange) -> Result<DiskExtent> {
         let mut run = self.map_layers(0, range).await?;
         for _ in 1..MERGED_MAX {
             let rest = ByteRange::between(run.range.end(), range.end());
@@ -25,12 +25,11 @@ impl Chain {
         Ok(run)
     }
 
-    fn map_layers(&self, depth: usize, range: ByteRange) -> LocalFuture<'_, Result<DiskExtent>> {
+    fn map_layers(self, depth: usize, range: ByteRange) -> LocalFuture<'a, Result<DiskExtent>> {
         Box::pin(async move {
             let nothing =
                 DiskExtent { range, allocated: false, zero: true, compressed: false, depth: None, source: None };
-            let Some(info) = self.layers.get(depth) else { return Ok(nothing) };
-            let layer = &info.handle;
+            let Some(layer) = self.layer(depth) else { return Ok(nothing) };
             let geometry = layer.geometry();
             let inside = range.intersect(ByteRange::new(0, geometry.size));
             if inside.is_empty() {

@@ -1,18 +1,18 @@
 //! Reading through the layers.
 
-use crate::Chain;
+use crate::stack::Stack;
 use disk::{Buf, ByteRange, LayerExtent, LayerHandle, LocalFuture, Presence, Result};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 
 /// Pieces of one request and layer that are read at the same time.
 const PIECES_AT_ONCE: usize = 32;
 
-impl Chain {
+impl<'a> Stack<'a> {
     /// Fills `buf` with the guest's bytes from `offset`.
-    pub(crate) async fn read_through(&self, offset: u64, mut buf: Buf) -> Result<Buf> {
+    pub(crate) async fn read_through(self, offset: u64, mut buf: Buf) -> Result<Buf> {
         let range = ByteRange::new(offset, buf.len() as u64);
         // The hot path of the product: one row of bytes, and every layer's answer is in memory.
-        for layer in &self.layers {
+        for layer in self.layers() {
             let layer = &layer.handle;
             let guard = layer.guard();
             match layer.map_cached(range) {
@@ -36,13 +36,12 @@ impl Chain {
     }
 
     /// Fills `buf` from the layer at `depth` and those below it.
-    pub(crate) fn read_layers(&self, depth: usize, offset: u64, mut buf: Buf) -> LocalFuture<'_, Result<Buf>> {
+    pub(crate) fn read_layers(self, depth: usize, offset: u64, mut buf: Buf) -> LocalFuture<'a, Result<Buf>> {
         Box::pin(async move {
-            let Some(layer) = self.layers.get(depth) else {
+            let Some(layer) = self.layer(depth) else {
                 buf.fill(0);
                 return Ok(buf);
             };
-            let layer = &layer.handle;
             let inside = layer.geometry().size.saturating_sub(offset).min(buf.len() as u64);
             let mut beyond = buf.split_off(inside as usize);
             beyond.fill(0);
@@ -58,7 +57,7 @@ impl Chain {
     }
 
     /// Fills `buf` with a range that lies inside the layer's size. A guard of the layer is held.
-    async fn read_layer(&self, layer: &LayerHandle, depth: usize, range: ByteRange, mut buf: Buf) -> Result<Buf> {
+    async fn read_layer(self, layer: &LayerHandle, depth: usize, range: ByteRange, mut buf: Buf) -> Result<Buf> {
         let first = layer.map(range).await?;
         if first.range == range {
             return self.read_extent(layer, depth, first, buf).await;
@@ -98,7 +97,7 @@ impl Chain {
     }
 
     /// Fills `buf` with one extent.
-    async fn read_extent(&self, layer: &LayerHandle, depth: usize, extent: LayerExtent, mut buf: Buf) -> Result<Buf> {
+    async fn read_extent(self, layer: &LayerHandle, depth: usize, extent: LayerExtent, mut buf: Buf) -> Result<Buf> {
         match extent.presence {
             Presence::Data { storage, offset } => layer.storage(storage).read(offset, buf).await,
             Presence::Zero { .. } => {

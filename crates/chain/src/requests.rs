@@ -1,10 +1,10 @@
-//! Keeps requests and size changes apart.
+//! Keeps requests and changes of size or of layers apart.
 
 use disk::{DiskError, ErrorKind, Operation, Result};
 use event_listener::Event;
 use std::cell::Cell;
 
-/// Counts requests under way, so that a change of size can wait for them and hold off new ones.
+/// Counts requests under way, so that a change of size or of layers can wait for them and hold off new ones.
 ///
 /// Costs a request two counter updates on plain cells: a chain lives on one thread.
 #[derive(Default)]
@@ -23,7 +23,7 @@ pub(crate) struct Request<'a>(&'a Requests);
 pub(crate) struct Exclusive<'a>(&'a Requests);
 
 impl Requests {
-    /// Registers a request; waits while the size changes.
+    /// Registers a request; waits while the size or the layers change.
     ///
     /// # Errors
     /// `Closed` when the disk is being closed.

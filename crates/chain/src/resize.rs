@@ -1,6 +1,7 @@
 //! Changing the size.
 
 use crate::Chain;
+use crate::stack::Stack;
 use disk::{ByteRange, DiskError, ErrorKind, Operation, Preallocation, Result, ZeroMode};
 
 impl Chain {
@@ -16,16 +17,18 @@ impl Chain {
         if self.requests.is_closed() {
             return Err(DiskError::new(ErrorKind::Closed, Operation::Resize));
         }
-        let top = self.top();
+        let layers = self.layers();
+        let stack = Stack::new(&layers);
+        let top = stack.top();
         let geometry = top.geometry();
         let old = geometry.size;
-        let parent = self.layers.get(1).map_or(0, |l| l.handle.geometry().size);
+        let parent = stack.layer(1).map_or(0, |layer| layer.geometry().size);
         let rest_of_block = old.checked_next_multiple_of(geometry.block).unwrap_or(old);
         let exposed = ByteRange::between(old, size.min(parent.max(rest_of_block)));
         if exposed.is_empty() {
             return top.resize(size, preallocation).await;
         }
-        let done = match self.hide(size, exposed).await {
+        let done = match stack.hide(size, exposed).await {
             Ok(()) => top.resize(size, preallocation).await,
             Err(error) => Err(error),
         };
@@ -36,9 +39,11 @@ impl Chain {
         }
         done
     }
+}
 
+impl Stack<'_> {
     /// Shows the new size, and puts zeroes over what must not be seen.
-    async fn hide(&self, size: u64, exposed: ByteRange) -> Result<()> {
+    async fn hide(self, size: u64, exposed: ByteRange) -> Result<()> {
         self.top().extend(size).await?;
         if self.reads_as_zero(exposed).await? {
             return Ok(());
@@ -48,7 +53,7 @@ impl Chain {
     }
 
     /// Whether the layers say that the range is zero.
-    async fn reads_as_zero(&self, range: ByteRange) -> Result<bool> {
+    async fn reads_as_zero(self, range: ByteRange) -> Result<bool> {
         let mut rest = range;
         while !rest.is_empty() {
             let extent = self.map_merged(rest).await?;

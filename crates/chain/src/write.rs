@@ -1,6 +1,6 @@
 //! Writing to the top layer: in place, or into new blocks that are filled first.
 
-use crate::Chain;
+use crate::stack::Stack;
 use disk::{
     Buf, ByteRange, DiskError, ErrorKind, Fill, LayerHandle, Operation, PreparedWrite, Result, StorageHandle, Ticket,
     WriteFlags, ZeroMode,
@@ -17,9 +17,9 @@ const COPIED_MAX: u64 = 128 << 10;
 /// From this many bytes on, zeroes around a write are left to the storage instead of being written.
 const ZEROED_MIN: u64 = 256 << 10;
 
-impl Chain {
+impl Stack<'_> {
     /// Writes all of `buf` from `offset`.
-    pub(crate) async fn write_top(&self, offset: u64, buf: Buf) -> Result<()> {
+    pub(crate) async fn write_top(self, offset: u64, buf: Buf) -> Result<()> {
         let range = ByteRange::new(offset, buf.len() as u64);
         let top = self.top();
         let guard = top.guard();
@@ -32,7 +32,7 @@ impl Chain {
     }
 
     /// Makes a write durable if its flags ask for it.
-    pub(crate) async fn finish_write(&self, flags: WriteFlags) -> Result<()> {
+    pub(crate) async fn finish_write(self, flags: WriteFlags) -> Result<()> {
         match flags.fua {
             true => self.top().flush().await,
             false => Ok(()),
@@ -41,7 +41,7 @@ impl Chain {
 
     /// Plans the write piece by piece. Earlier pieces are carried out while later ones are planned: a later
     /// one may have to wait for an earlier one's commit. A guard of the layer is held.
-    async fn write_planned(&self, top: &LayerHandle, range: ByteRange, mut buf: Buf) -> Result<()> {
+    async fn write_planned(self, top: &LayerHandle, range: ByteRange, mut buf: Buf) -> Result<()> {
         let first = top.prepare_write(range, self.below(range)).await?;
         let planned = first.plan().range;
         if planned == range {
@@ -85,7 +85,7 @@ impl Chain {
     }
 
     /// Fills, writes, commits. Every storage request has ended before the plan is committed or rolled back.
-    async fn carry_out(&self, top: &LayerHandle, prepared: PreparedWrite, buf: Buf) -> Result<()> {
+    async fn carry_out(self, top: &LayerHandle, prepared: PreparedWrite, buf: Buf) -> Result<()> {
         let plan = *prepared.plan();
         let storage = top.storage(plan.storage);
         match plan.ticket {
@@ -97,7 +97,7 @@ impl Chain {
 
     /// Writes the range's bytes at `offset` of the storage, and what belongs around them into new blocks.
     async fn write_with_fill(
-        &self,
+        self,
         storage: &StorageHandle,
         range: ByteRange,
         offset: u64,
@@ -148,13 +148,13 @@ impl Chain {
     }
 
     /// Writes a part of the fill by itself.
-    async fn copy_fill(&self, storage: &StorageHandle, offset: u64, part: ByteRange, fill: Fill) -> Result<()> {
+    async fn copy_fill(self, storage: &StorageHandle, offset: u64, part: ByteRange, fill: Fill) -> Result<()> {
         let bytes = self.fill_bytes(part, fill, Buf::new(part.len() as usize)).await?;
         storage.write(offset, bytes).await.map(drop)
     }
 
     /// Brings the bytes of a part of the fill.
-    async fn fill_bytes(&self, part: ByteRange, fill: Fill, mut buf: Buf) -> Result<Buf> {
+    async fn fill_bytes(self, part: ByteRange, fill: Fill, mut buf: Buf) -> Result<Buf> {
         match fill {
             Fill::Present if !part.is_empty() => self.read_layers(0, part.offset(), buf).await,
             Fill::Present | Fill::Zeroes | Fill::Nothing => {

@@ -1,14 +1,14 @@
 //! Zeroes and discards: whole units by the layer, the rest as written bytes.
 
-use crate::Chain;
+use crate::stack::Stack;
 use disk::{Buf, ByteRange, DiskError, ErrorKind, LayerHandle, Operation, Result, ZeroMode};
 
 /// Zero bytes that are written at a time.
 const STEP: u64 = 1 << 20;
 
-impl Chain {
+impl Stack<'_> {
     /// Makes the range read as zero.
-    pub(crate) async fn zero_top(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+    pub(crate) async fn zero_top(self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         let top = self.top();
         let whole = whole_units(top, range);
         if whole.is_empty() {
@@ -35,7 +35,7 @@ impl Chain {
     }
 
     /// Gives back the whole units of the range; the rest stays as it is.
-    pub(crate) async fn discard_top(&self, range: ByteRange) -> Result<()> {
+    pub(crate) async fn discard_top(self, range: ByteRange) -> Result<()> {
         let top = self.top();
         let whole = whole_units(top, range);
         if whole.is_empty() {
@@ -47,7 +47,7 @@ impl Chain {
         }
     }
 
-    pub(crate) async fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
+    pub(crate) async fn write_zero_bytes(self, range: ByteRange) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
             let step = rest.prefix(STEP);

@@ -386,8 +386,10 @@ impl Copy<'_> {
         let range = ByteRange::between(at, end);
         let state = match (extent.source, extent.depth) {
             (Some(source), Some(depth)) if extent.range.contains(range) && !extent.zero => {
-                let layer = self.source.chain().layers().get(depth as usize);
-                let file = layer.and_then(|layer| self.source.plain_file(layer.handle.storage(source.storage)));
+                let layers = self.source.chain().layers();
+                let file = layers
+                    .get(depth as usize)
+                    .and_then(|layer| self.source.plain_file(layer.handle.storage(source.storage)));
                 file.map_or(State::Disk, |file| State::File(file, source.offset))
             }
             _ => State::Disk,
@@ -512,7 +514,7 @@ impl Copy<'_> {
             let top = self.target.chain().top();
             while rest.offset() < end {
                 let whole = ByteRange::between(rest.offset(), end);
-                let Some(done) = self.write_planned(top, whole, &bytes).await? else { break };
+                let Some(done) = self.write_planned(&top, whole, &bytes).await? else { break };
                 self.count(done, 0);
                 rest = rest.skip(done);
                 bytes.advance(done);

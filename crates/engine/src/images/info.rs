@@ -165,7 +165,8 @@ pub(crate) async fn compression_of(stack: &Stack) -> Result<Compression, EngineE
 
 /// Bytes that the image's persistent bitmaps would take in a new image with these options.
 pub(crate) async fn bitmap_bytes(stack: &Stack, options: &Options) -> Result<Option<u64>, EngineError> {
-    let storage = stack.chain().top().storage(StorageId::IMAGE);
+    let top = stack.chain().top();
+    let storage = top.storage(StorageId::IMAGE);
     let header = Header::read(storage).await?;
     let directory = BitmapDirectory::read(storage, &header).await?;
     if directory.bitmaps.is_empty() {

@@ -10,6 +10,7 @@ use crate::layout::{self, BLOCK, GROUP_PAGES, JOURNAL_BLOCKS, PAGE_GRANULES};
 use crate::run_map::RunMap;
 use crate::streams::Streams;
 use crate::superblock::{State, Superblock};
+use crate::trust::Found;
 use crate::{ChangeKind, Damage, Distrust, HistoryError, Host, Id, ImageFacts, Point, Refusal, points, trust};
 use async_lock::Mutex;
 use disk::{Buf, ByteRange, StorageHandle, ZeroMode};
@@ -101,6 +102,8 @@ pub struct History {
     pub(crate) closing: Cell<bool>,
     /// Flushes of the image are not waited for.
     pub(crate) flushes_void: Cell<bool>,
+    /// The heir that the superblock names has taken the image's place; the next superblock says so.
+    pub(crate) heir_succeeds: Cell<bool>,
 }
 
 /// What is known in memory.
@@ -237,6 +240,7 @@ impl History {
             next_moment: Id::NONE,
             facts: host.facts().await?,
             reason: String::new(),
+            heir: None,
         };
         storage.write(layout::SUPERBLOCKS[0], Buf::copy_of(&superblock.encode())).await?;
         storage.sync().await?;
@@ -282,6 +286,7 @@ impl History {
             giving_up: RefCell::default(),
             closing: Cell::new(false),
             flushes_void: Cell::new(false),
+            heir_succeeds: Cell::new(false),
         }
     }
 
@@ -291,12 +296,21 @@ impl History {
     /// # Errors
     /// [`HistoryError::Damaged`] when the sidecar contradicts itself, or when it cannot be read.
     pub async fn open(storage: StorageHandle, host: Rc<dyn Host>) -> Result<(Self, Option<Distrust>), HistoryError> {
-        let (known, last_sign) = load(&storage).await?;
+        let (mut known, last_sign) = load(&storage).await?;
         if known.superblock.state != State::Closed {
             host.let_time_pass().await; // What is taken down now must not fit a later write.
         }
         let facts = host.facts().await?;
-        let distrust = trust::judge(&known.superblock, &facts, host.mark(), host.boot(), last_sign);
+        let distrust = match trust::judge(&known.superblock, &facts, host.mark(), host.boot(), last_sign) {
+            Ok(Found::Image) => None,
+            Ok(Found::Heir) => {
+                if let Some(as_heir) = known.superblock.of_heir() {
+                    known.superblock = as_heir;
+                }
+                None
+            }
+            Err(distrust) => Some(distrust),
+        };
         let unfinished = known.superblock.state != State::Closed;
         let writable = !storage.limits().read_only;
         let history = Self::with(storage, host, known);
@@ -335,6 +349,7 @@ impl History {
             superblock.journal = journal;
             superblock.journal_start = 0;
             superblock.reason.clear();
+            superblock.heir = None;
             match lineage {
                 // The image bears no mark of the new lineage until it is written to.
                 Some(lineage) => {
@@ -368,6 +383,7 @@ impl History {
         self.write_superblock(|superblock| {
             superblock.facts = facts;
             superblock.boot = boot;
+            superblock.heir = None;
         })
         .await
     }

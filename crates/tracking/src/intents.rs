@@ -343,6 +343,11 @@ impl History {
         }
         let work = self.begin_work(false);
         let mut next = self.state.borrow().superblock.clone();
+        if self.heir_succeeds.get()
+            && let Some(as_heir) = next.of_heir()
+        {
+            next = as_heir;
+        }
         change(&mut next);
         next.sequence += 1;
         next.time = self.host.now();

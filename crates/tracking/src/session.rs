@@ -34,6 +34,7 @@ impl History {
                 superblock.journal = journal;
                 superblock.journal_start = 0;
                 superblock.next_moment = moment;
+                superblock.heir = None;
                 lineage = superblock.lineage;
             })
             .await;
@@ -117,6 +118,7 @@ impl History {
             superblock.facts = facts;
             superblock.boot = boot;
             superblock.next_moment = Id::NONE;
+            superblock.heir = None;
         })
         .await?;
         self.awake.set(false);

@@ -11,6 +11,9 @@ const SUM_AT: usize = 12;
 /// Longest reason that is kept, in bytes.
 const REASON: usize = 1024;
 
+/// Where an heir stands in the block: behind the longest reason.
+const HEIR_AT: usize = 2048;
+
 /// In which state the history was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
@@ -20,6 +23,14 @@ pub(crate) enum State {
     InUse,
     /// Changes were not recorded; `reason` says why.
     Lost,
+}
+
+/// The image that is about to take the place of the history's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Heir {
+    /// The mark that it bears; none when it cannot bear one.
+    pub(crate) moment: Id,
+    pub(crate) facts: ImageFacts,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +68,30 @@ pub(crate) struct Superblock {
     pub(crate) facts: ImageFacts,
     /// Why changes were lost.
     pub(crate) reason: String,
+    /// The image may be this one already.
+    pub(crate) heir: Option<Heir>,
+}
+
+fn write_facts(w: &mut Writer, facts: &ImageFacts) {
+    w.u64(facts.device);
+    w.u64(facts.inode);
+    w.u64(facts.size);
+    w.u64(facts.modified as u64);
+    w.u64(facts.others);
+    w.u8(facts.block_device.into());
+    w.u8(facts.sectors_written.is_some().into());
+    w.u64(facts.sectors_written.unwrap_or(0));
+}
+
+fn read_facts(r: &mut Reader<'_>) -> Option<ImageFacts> {
+    let (device, inode, size) = (r.u64()?, r.u64()?, r.u64()?);
+    let modified = r.u64()? as i64;
+    let others = r.u64()?;
+    let block_device = r.u8()? != 0;
+    let counted = r.u8()? != 0;
+    let sectors = r.u64()?;
+    let sectors_written = counted.then_some(sectors);
+    Some(ImageFacts { device, inode, size, modified, block_device, sectors_written, others })
 }
 
 impl Superblock {
@@ -88,20 +123,18 @@ impl Superblock {
         w.bytes(&self.boot.0);
         w.bytes(&self.moment.0);
         w.bytes(&self.next_moment.0);
-        let facts = &self.facts;
-        w.u64(facts.device);
-        w.u64(facts.inode);
-        w.u64(facts.size);
-        w.u64(facts.modified as u64);
-        w.u64(facts.others);
-        w.u8(facts.block_device.into());
-        w.u8(facts.sectors_written.is_some().into());
-        w.u64(facts.sectors_written.unwrap_or(0));
+        write_facts(&mut w, &self.facts);
         let mut end = self.reason.len().min(REASON);
         while !self.reason.is_char_boundary(end) {
             end -= 1;
         }
         w.text(&self.reason[..end]);
+        if let Some(heir) = &self.heir {
+            w.0.resize(HEIR_AT, 0);
+            w.u8(1);
+            w.bytes(&heir.moment.0);
+            write_facts(&mut w, &heir.facts);
+        }
         let mut block = w.0;
         block.resize(BLOCK as usize, 0);
         seal(&mut block, SUM_AT);
@@ -121,7 +154,13 @@ impl Superblock {
         if version != VERSION {
             return Err(Damage::Version { found: version });
         }
-        let found = Self::fields(&mut r).ok_or(Damage::Superblock { field: "state" })?;
+        let mut found = Self::fields(&mut r).ok_or(Damage::Superblock { field: "state" })?;
+        // Zeroes where no heir is named, as in a block of before there were any.
+        let mut r = Reader(&block[HEIR_AT..]);
+        if r.u8() == Some(1) {
+            let heir = || Some(Heir { moment: Id(r.array()?), facts: read_facts(&mut r)? });
+            found.heir = Some({ heir }().ok_or(Damage::Superblock { field: "heir" })?);
+        }
         let bad = |field| Err(Damage::Superblock { field });
         if !GRANULE_BITS.contains(&found.granule_bits) {
             return bad("granule");
@@ -167,21 +206,7 @@ impl Superblock {
         let boot = Id(r.array()?);
         let moment = Id(r.array()?);
         let next_moment = Id(r.array()?);
-        let (device, inode, bytes) = (r.u64()?, r.u64()?, r.u64()?);
-        let modified = r.u64()? as i64;
-        let others = r.u64()?;
-        let block_device = r.u8()? != 0;
-        let counted = r.u8()? != 0;
-        let sectors = r.u64()?;
-        let facts = ImageFacts {
-            device,
-            inode,
-            size: bytes,
-            modified,
-            block_device,
-            sectors_written: counted.then_some(sectors),
-            others,
-        };
+        let facts = read_facts(r)?;
         let reason = r.text()?;
         Some(Self {
             sequence,
@@ -204,7 +229,14 @@ impl Superblock {
             next_moment,
             facts,
             reason,
+            heir: None,
         })
+    }
+
+    /// What is recorded if the heir has taken the image's place.
+    pub(crate) fn of_heir(&self) -> Option<Self> {
+        let Heir { moment, facts } = self.heir?;
+        Some(Self { moment, facts, next_moment: Id::NONE, heir: None, ..self.clone() })
     }
 
     pub(crate) fn granule(&self) -> u64 {
@@ -213,6 +245,7 @@ impl Superblock {
 }
 
 const _: () = assert!(JOURNAL_BLOCKS > 16);
+const _: () = assert!(210 + 2 + REASON <= HEIR_AT);
 
 #[cfg(test)]
 mod tests {
@@ -248,7 +281,13 @@ mod tests {
                 others: 8,
             },
             reason: "größe".repeat(400),
+            heir: None,
         }
+    }
+
+    fn heir() -> Heir {
+        let facts = ImageFacts { device: 9, inode: 8, size: 7, modified: i64::MAX, others: 6, ..ImageFacts::default() };
+        Heir { moment: Id([6; 16]), facts }
     }
 
     #[test]
@@ -258,6 +297,18 @@ mod tests {
         assert!(wanted.reason.starts_with(&found.reason) && found.reason.len() > REASON - 4);
         wanted.reason.clone_from(&found.reason);
         assert_eq!(found, wanted);
+        let wanted = Superblock { heir: Some(heir()), ..wanted };
+        let bytes = wanted.encode();
+        assert_eq!(Superblock::decode(&bytes), Ok(Some(wanted)));
+        assert_eq!(bytes[HEIR_AT], 1, "where docs/history.md says");
+    }
+
+    #[test]
+    fn who_knows_no_heirs_overlooks_them() {
+        let (plain, named) = (example().encode(), Superblock { heir: Some(heir()), ..example() }.encode());
+        assert_eq!(plain[..SUM_AT], named[..SUM_AT]);
+        assert_eq!(plain[SUM_AT + 4..HEIR_AT], named[SUM_AT + 4..HEIR_AT]);
+        assert!(plain[HEIR_AT..].iter().all(|byte| *byte == 0));
     }
 
     #[test]

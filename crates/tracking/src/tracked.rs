@@ -3,11 +3,13 @@
 mod mark;
 mod parking;
 mod requests;
+mod still;
 mod view;
 mod zeroing;
 
 pub use mark::{Held, NewPoint, UncommittedPoint};
 pub use parking::{ParkingLot, Spawn};
+pub use still::Still;
 pub use view::View;
 
 use crate::epoch_marks::Run;

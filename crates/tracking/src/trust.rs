@@ -91,10 +91,45 @@ impl fmt::Display for Distrust {
     }
 }
 
-/// Judges what is found against what was recorded; `None` when the history can be trusted.
+/// Which of the images that a history names is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// The one that it was kept of.
+    Image,
+    /// The one that was about to take its place, and has.
+    Heir,
+}
+
+/// Judges what is found against what was recorded: whether the history can be trusted, and which image it is that is
+/// there.
 ///
 /// `last_sign` is the last sign of life of whoever wrote here, in milliseconds since 1970.
+///
+/// # Errors
+/// Why it cannot be trusted.
 pub(crate) fn judge(
+    recorded: &Superblock,
+    found: &ImageFacts,
+    mark: Option<ImageMark>,
+    boot: Boot,
+    last_sign: u64,
+) -> Result<Found, Distrust> {
+    let Some(distrust) = judge_image(recorded, found, mark, boot, last_sign) else { return Ok(Found::Image) };
+    let Some(heir) = recorded.of_heir() else { return Err(distrust) };
+    let is_its_file = (heir.facts.device, heir.facts.inode) == (found.device, found.inode);
+    // Without a mark nothing but the file tells the heir from anything else, such as the image after somebody else has
+    // taken its mark away.
+    if heir.moment.is_none() && !is_its_file {
+        return Err(distrust);
+    }
+    match judge_image(&heir, found, mark, boot, last_sign) {
+        None => Ok(Found::Heir),
+        Some(of_heir) => Err(if is_its_file { of_heir } else { distrust }),
+    }
+}
+
+/// Judges what is found against the facts and the mark of the image; `None` when the history can be trusted.
+fn judge_image(
     recorded: &Superblock,
     found: &ImageFacts,
     mark: Option<ImageMark>,
@@ -185,6 +220,7 @@ fn judge_device(recorded: &Superblock, found: &ImageFacts, restarted: bool) -> O
 mod tests {
     use super::*;
     use crate::Id;
+    use crate::superblock::Heir;
 
     const SECOND: i64 = 1_000_000_000;
     const BOOT: Boot = Boot { id: Id([1; 16]), began: 1_000_000 };
@@ -212,6 +248,7 @@ mod tests {
             next_moment: Id::NONE,
             facts: facts(),
             reason: "no space".to_owned(),
+            heir: None,
         }
     }
 
@@ -226,7 +263,7 @@ mod tests {
     #[test]
     fn a_closed_raw_image() {
         let r = recorded(State::Closed, false);
-        let ask = |found: ImageFacts| judge(&r, &found, None, NEXT_BOOT, 0);
+        let ask = |found: ImageFacts| judge_image(&r, &found, None, NEXT_BOOT, 0);
         assert_eq!(ask(facts()), None);
         assert_eq!(ask(ImageFacts { inode: 9, ..facts() }), None, "moved with its times");
         assert_eq!(ask(ImageFacts { inode: 9, modified: 2_000 * SECOND, ..facts() }), None, "scp -p");
@@ -244,7 +281,7 @@ mod tests {
     #[test]
     fn a_closed_marked_image() {
         let r = recorded(State::Closed, true);
-        let ask = |found: ImageFacts, mark| judge(&r, &found, mark, BOOT, 0);
+        let ask = |found: ImageFacts, mark| judge_image(&r, &found, mark, BOOT, 0);
         assert_eq!(ask(facts(), mark()), None);
         assert_eq!(ask(ImageFacts { inode: 3, ..facts() }, mark()), None, "moved with its times");
         let later = facts().modified + SECOND;
@@ -260,7 +297,7 @@ mod tests {
         let mut between = recorded(State::InUse, true);
         between.next_moment = Id([9; 16]);
         for moment in [8, 9] {
-            assert_eq!(judge(&between, &facts(), other(7, moment), BOOT, 2_000_000), None);
+            assert_eq!(judge_image(&between, &facts(), other(7, moment), BOOT, 2_000_000), None);
         }
     }
 
@@ -268,7 +305,7 @@ mod tests {
     fn after_a_crash() {
         let r = recorded(State::InUse, false);
         let at = |ms: u64| ImageFacts { modified: ms as i64 * 1_000_000, ..facts() };
-        let ask = |ms, boot| judge(&r, &at(ms), None, boot, 2_000_000);
+        let ask = |ms, boot| judge_image(&r, &at(ms), None, boot, 2_000_000);
         assert_eq!(ask(2_000_500, BOOT), None);
         assert!(matches!(ask(1_500_000, BOOT), Some(Distrust::Modified { .. })), "an earlier copy was put back");
         assert_eq!(ask(1_500_000, NEXT_BOOT), None, "times may be lost");
@@ -280,11 +317,11 @@ mod tests {
         let mut void = r.clone();
         void.flushes_void = true;
         let closed = Superblock { state: State::Closed, ..void.clone() };
-        assert_eq!(judge(&closed, &facts(), None, BOOT, 0), None);
-        assert_eq!(judge(&closed, &facts(), None, NEXT_BOOT, 0), Some(Distrust::FlushesVoid));
-        assert_eq!(judge(&void, &at(2_000_001), None, BOOT, 2_000_000), None);
-        assert_eq!(judge(&void, &at(2_000_000), None, NEXT_BOOT, 2_000_000), Some(Distrust::FlushesVoid));
-        assert!(matches!(judge(&recorded(State::Lost, false), &facts(), None, BOOT, 0), Some(Distrust::Lost(_))));
+        assert_eq!(judge_image(&closed, &facts(), None, BOOT, 0), None);
+        assert_eq!(judge_image(&closed, &facts(), None, NEXT_BOOT, 0), Some(Distrust::FlushesVoid));
+        assert_eq!(judge_image(&void, &at(2_000_001), None, BOOT, 2_000_000), None);
+        assert_eq!(judge_image(&void, &at(2_000_000), None, NEXT_BOOT, 2_000_000), Some(Distrust::FlushesVoid));
+        assert!(matches!(judge_image(&recorded(State::Lost, false), &facts(), None, BOOT, 0), Some(Distrust::Lost(_))));
     }
 
     #[test]
@@ -292,14 +329,73 @@ mod tests {
         let device = ImageFacts { block_device: true, sectors_written: Some(50), ..facts() };
         let mut r = recorded(State::Closed, false);
         r.facts = device;
-        assert_eq!(judge(&r, &device, None, BOOT, 0), None);
+        assert_eq!(judge_image(&r, &device, None, BOOT, 0), None);
         let written = ImageFacts { sectors_written: Some(51), ..device };
-        assert_eq!(judge(&r, &written, None, BOOT, 0), Some(Distrust::DeviceWritten));
-        assert_eq!(judge(&r, &device, None, NEXT_BOOT, 0), Some(Distrust::DeviceUnknown));
+        assert_eq!(judge_image(&r, &written, None, BOOT, 0), Some(Distrust::DeviceWritten));
+        assert_eq!(judge_image(&r, &device, None, NEXT_BOOT, 0), Some(Distrust::DeviceUnknown));
         let mut marked = recorded(State::Closed, true);
         marked.facts = device;
-        assert_eq!(judge(&marked, &written, mark(), NEXT_BOOT, 0), None);
+        assert_eq!(judge_image(&marked, &written, mark(), NEXT_BOOT, 0), None);
         r.state = State::InUse;
-        assert_eq!(judge(&r, &device, None, BOOT, 0), Some(Distrust::DeviceUnknown));
+        assert_eq!(judge_image(&r, &device, None, BOOT, 0), Some(Distrust::DeviceUnknown));
+    }
+
+    /// A history in use whose image is about to be replaced by another file, which bears a mark or cannot.
+    fn with_heir(marked: bool) -> Superblock {
+        let facts = ImageFacts { inode: 30, size: 512, modified: 2_000 * SECOND + 9, others: 77, ..facts() };
+        let moment = if marked { Id([9; 16]) } else { Id::NONE };
+        Superblock { heir: Some(Heir { moment, facts }), ..recorded(State::InUse, true) }
+    }
+
+    #[test]
+    fn the_image_or_its_heir() {
+        let r = with_heir(true);
+        let of = |moment| Some(ImageMark { lineage: Id([7; 16]), moment: Id([moment; 16]) });
+        let heir = r.heir.expect("named").facts;
+        for boot in [BOOT, NEXT_BOOT] {
+            let ask = |found: ImageFacts, mark| judge(&r, &found, mark, boot, 2_000_000);
+            assert_eq!(ask(facts(), of(8)), Ok(Found::Image), "the switch was cut off before");
+            assert_eq!(ask(heir, of(9)), Ok(Found::Heir), "and after");
+            assert_eq!(ask(ImageFacts { inode: 31, ..heir }, of(9)), Ok(Found::Heir), "moved since");
+            assert_eq!(
+                ask(ImageFacts { modified: heir.modified + SECOND, ..heir }, of(9)),
+                Ok(Found::Heir),
+                "written to"
+            );
+            // Neither's mark with the other's files, and no other moment.
+            assert_eq!(ask(facts(), of(9)), Err(Distrust::OtherMoment));
+            assert_eq!(ask(heir, of(8)), Err(Distrust::OtherMoment));
+            assert_eq!(
+                ask(ImageFacts { others: 78, ..heir }, of(9)),
+                Err(Distrust::OtherFiles),
+                "its parent was changed"
+            );
+            assert_eq!(ask(heir, None), Err(Distrust::MarkGone));
+            assert_eq!(ask(facts(), None), Err(Distrust::MarkGone));
+        }
+        let ask = |modified, boot| judge(&r, &ImageFacts { modified, ..heir }, of(9), boot, 2_000_000);
+        assert!(matches!(ask(heir.modified - 1, BOOT), Err(Distrust::Modified { .. })), "an earlier copy");
+        assert_eq!(ask(heir.modified - 1, NEXT_BOOT), Ok(Found::Heir), "times may be lost");
+        assert!(matches!(ask(2_010 * SECOND, BOOT), Err(Distrust::ModifiedLater { .. })));
+        let lost = Superblock { state: State::Lost, ..r.clone() };
+        assert!(matches!(judge(&lost, &heir, of(9), BOOT, 0), Err(Distrust::Lost(_))));
+        let void = Superblock { flushes_void: true, ..r.clone() };
+        assert_eq!(judge(&void, &heir, of(9), BOOT, 2_000_000), Ok(Found::Heir));
+        assert_eq!(judge(&void, &heir, of(9), NEXT_BOOT, 2_000_000), Err(Distrust::FlushesVoid));
+    }
+
+    #[test]
+    fn an_heir_without_a_mark_is_its_file() {
+        let r = with_heir(false);
+        let heir = r.heir.expect("named").facts;
+        let ask = |found: ImageFacts, mark| judge(&r, &found, mark, BOOT, 2_000_000);
+        assert_eq!(ask(heir, None), Ok(Found::Heir));
+        assert_eq!(ask(facts(), mark()), Ok(Found::Image));
+        // Somebody has taken the image's mark away: that does not make it the heir.
+        assert_eq!(ask(facts(), None), Err(Distrust::MarkGone));
+        assert_eq!(ask(ImageFacts { inode: 2, ..heir }, None), Err(Distrust::MarkGone));
+        assert_eq!(ask(ImageFacts { others: 78, ..heir }, None), Err(Distrust::OtherFiles));
+        let device = ImageFacts { block_device: true, sectors_written: Some(5), ..heir };
+        assert_eq!(ask(device, None), Err(Distrust::OtherSort));
     }
 }

@@ -121,7 +121,11 @@ impl<D: Disk> Held<D> {
     /// # Panics
     /// Never: a held disk has its turn until it is cut.
     pub fn view(&self, store: StorageHandle, limit: u64) -> View<D> {
-        self.turn.as_ref().expect("held until cut or dropped").0.view_now(store, limit)
+        self.tracked().view_now(store, limit)
+    }
+
+    pub(super) fn tracked(&self) -> &Rc<Tracked<D>> {
+        &self.turn.as_ref().expect("held until cut or dropped").0
     }
 
     /// Ends the epoch at this instant and lets the guest go on.

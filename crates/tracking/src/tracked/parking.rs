@@ -66,8 +66,8 @@ pub(super) struct Parking {
     waiting: RefCell<Vec<Waiting>>,
     /// Whether a task sees to those that wait.
     attended: Cell<bool>,
-    lot: RefCell<Option<(Rc<dyn ParkingLot>, Spawn)>>,
-    free: RefCell<Vec<usize>>,
+    pub(super) lot: RefCell<Option<(Rc<dyn ParkingLot>, Spawn)>>,
+    pub(super) free: RefCell<Vec<usize>>,
     /// By their offsets; they do not overlap.
     parked: RefCell<BTreeMap<u64, Parked>>,
     any: Cell<bool>,

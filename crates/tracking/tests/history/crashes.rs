@@ -13,28 +13,28 @@ use testkit::executor::{self, Executor, yield_now};
 use testkit::{CrashStorage, MemoryStorage, seeds};
 use tracking::{ChangeKind, Consistency, CreateOptions, History, Id, NewPoint, Tracked};
 
-const GRANULE: u64 = 4096;
+pub(crate) const GRANULE: u64 = 4096;
 /// Granules that may be declared ahead.
 const OPEN: u64 = 8;
 
 /// What the test knows of a point.
-struct Truth {
-    name: String,
-    content: Vec<u8>,
-    committed: bool,
+pub(crate) struct Truth {
+    pub(crate) name: String,
+    pub(crate) content: Vec<u8>,
+    pub(crate) committed: bool,
     /// Granules that somebody set out to change since.
     touched: BTreeSet<u64>,
     crashes: u64,
 }
 
 #[derive(Default)]
-struct Told {
-    truths: Vec<Truth>,
+pub(crate) struct Told {
+    pub(crate) truths: Vec<Truth>,
     /// What each client has asked for last. It may be carried out after a point that is taken meanwhile.
     last: BTreeMap<u64, ByteRange>,
 }
 
-type Truths = Rc<RefCell<Told>>;
+pub(crate) type Truths = Rc<RefCell<Told>>;
 
 fn granules(range: ByteRange) -> Range<u64> {
     range.offset() / GRANULE..range.end().div_ceil(GRANULE)
@@ -49,7 +49,7 @@ fn touch(truths: &Truths, client: u64, range: ByteRange) {
 }
 
 /// One client: random requests for ever, some of them in sequence.
-async fn client(disk: Rc<Tracked<Chain>>, truths: Truths, id: u64, seed: u64, size: u64) {
+pub(crate) async fn client(disk: Rc<Tracked<Chain>>, truths: Truths, id: u64, seed: u64, size: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let sequential = random.u8(..4) == 0;
     let mut at = random.u64(0..size);
@@ -88,7 +88,7 @@ async fn client(disk: Rc<Tracked<Chain>>, truths: Truths, id: u64, seed: u64, si
 }
 
 /// Takes points for ever.
-async fn marker(disk: Rc<Tracked<Chain>>, truths: Truths, image: MemoryStorage, seed: u64, round: u64) {
+pub(crate) async fn marker(disk: Rc<Tracked<Chain>>, truths: Truths, image: MemoryStorage, seed: u64, round: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     for n in 0.. {
         for _ in 0..random.u32(1..400) {

@@ -6,6 +6,7 @@ mod crashes;
 mod damage;
 mod faults;
 mod groups;
+mod heirs;
 mod host;
 mod orders;
 mod parking;

@@ -2,6 +2,7 @@
 
 use chain::Chain;
 use disk::{DiskError, HistoryMark, LocalFuture, Operation, Result};
+use std::cell::RefCell;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -18,7 +19,7 @@ const STEP: Duration = Duration::from_millis(20);
 pub(super) struct FileHost {
     chain: Rc<Chain>,
     /// The top image first.
-    files: Vec<FileStorage>,
+    files: RefCell<Vec<FileStorage>>,
     sidecar: PathBuf,
     boot: Boot,
 }
@@ -26,7 +27,17 @@ pub(super) struct FileHost {
 impl FileHost {
     /// Of a disk whose files are these, the top image first.
     pub(super) fn new(chain: Rc<Chain>, files: Vec<FileStorage>, sidecar: PathBuf) -> Self {
-        Self { chain, files, sidecar, boot: this_boot() }
+        Self { chain, files: RefCell::new(files), sidecar, boot: this_boot() }
+    }
+
+    /// The disk's files, the top image first.
+    pub(super) fn files(&self) -> Vec<FileStorage> {
+        self.files.borrow().clone()
+    }
+
+    /// Other files are the disk's now.
+    pub(super) fn set_files(&self, files: Vec<FileStorage>) {
+        *self.files.borrow_mut() = files;
     }
 }
 
@@ -49,7 +60,8 @@ fn sectors_written(facts: &fs::Metadata) -> Option<u64> {
     stat.split_whitespace().nth(6)?.parse().ok()
 }
 
-fn look(files: &[FileStorage]) -> Result<ImageFacts> {
+/// How a disk of these files looks, the top image first. Blocks.
+pub(super) fn look(files: &[FileStorage]) -> Result<ImageFacts> {
     let stat = |file: &FileStorage| file.file().metadata().map_err(|e| DiskError::from_io(e, Operation::Open));
     let [top, others @ ..] = files else {
         return Err(DiskError::from_io(io::Error::other("a disk without a file"), Operation::Open));
@@ -96,7 +108,7 @@ impl Host for FileHost {
     }
 
     fn facts(&self) -> LocalFuture<'_, Result<ImageFacts>> {
-        let files = self.files.clone();
+        let files = self.files();
         Box::pin(dataplane::offload(move || look(&files)))
     }
 

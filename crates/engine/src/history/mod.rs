@@ -4,6 +4,7 @@
 //! HistorySpec ─► sidecar (which file, made or opened, damaged ones put aside) ─► tracking::History
 //!                                                                                   │
 //! FileHost (clock, times and marks of the image's files) ───────────────────────────┘
+//! switching (another image takes the place of the top one)
 //! marking (several disks at one instant, guests frozen) · contexts (NBD) · offline (files that nobody serves)
 //! ```
 
@@ -19,6 +20,7 @@ pub(crate) mod questions;
 pub mod report;
 mod sidecar;
 mod spec;
+mod switching;
 pub(crate) mod views;
 
 pub use audit::{AuditReport, AuditSpec};

@@ -63,13 +63,33 @@ impl Lot {
             // Durable now; found once more after the next kill, it would undo what is written from here on.
             self.lot.empty().map_err(|e| DiskError::from_io(e, Operation::Write).on("parking lot"))?;
         }
+        self.park(disk);
+        Ok(())
+    }
+
+    /// Parks the disk's first writes from now on. Nothing was left.
+    fn park(self, disk: &Rc<Tracked<Chain>>) {
         disk.park_in(
             Rc::new(self.lot),
             Rc::new(|task| {
                 dataplane::start_local(task);
             }),
         );
-        Ok(())
+    }
+
+    /// Parks the first writes of a disk whose top image has these files now. The disk's own lot has been left, so what
+    /// may be in this one belongs to another content.
+    pub(super) async fn move_to(disk: &Rc<Tracked<Chain>>, files: &[FileStorage]) {
+        if disk.is_parking() {
+            return; // It is in use: what is there now is to be kept.
+        }
+        let Some(mut lot) = Self::open(files).await else { return };
+        match lot.give_up() {
+            Ok(()) => lot.park(disk),
+            Err(error) => {
+                tracing::warn!(error = crate::chain_text(&error), "first writes after a mark wait for a sync");
+            }
+        }
     }
 
     /// Writes what was left into a disk whose history is not kept.

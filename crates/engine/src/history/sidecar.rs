@@ -33,6 +33,7 @@ pub(crate) struct Kept {
     pub(crate) file: PathBuf,
     /// Why older marks are refused since this opening, if they are.
     pub(crate) distrust: Option<String>,
+    pub(super) host: Rc<FileHost>,
     tender: RefCell<Option<LocalTask<()>>>,
 }
 
@@ -217,7 +218,7 @@ async fn open_file(
             tracing::error!(history = %file.display(), reason);
             make(&file, &host, options).await?;
             let (history, _) =
-                History::open(open_sidecar(&file, request).await?, host).await.map_err(|e| lost(&file, e))?;
+                History::open(open_sidecar(&file, request).await?, host.clone()).await.map_err(|e| lost(&file, e))?;
             (history, Some(reason))
         }
         Err(error) => return Err(lost(&file, error)),
@@ -233,7 +234,7 @@ async fn open_file(
     let disk = Tracked::new(chain, Rc::clone(&history)).await.map_err(|e| lost(&file, e))?;
     let tender =
         request.writable.then(|| dataplane::spawn_local(async move { history.tend(|| dataplane::sleep(TICK)).await }));
-    Ok(Ok(Kept { disk, file, distrust, tender: RefCell::new(tender) }))
+    Ok(Ok(Kept { disk, file, distrust, host, tender: RefCell::new(tender) }))
 }
 
 /// Whether a file begins as histories do.

@@ -6,7 +6,7 @@
 mod check;
 mod compare;
 mod convert;
-mod create;
+pub(crate) mod create;
 pub(crate) mod gate;
 pub(crate) mod info;
 pub(crate) mod live;

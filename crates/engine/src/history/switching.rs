@@ -1,0 +1,299 @@
+//! What the history needs when another image takes the place of a disk's top image, and shows the same.
+//!
+//! ```text
+//! guest writes   prepare_switch     the new image gets a mark of this history
+//! held           Tracked::hold_still, or Held::stand_still: nothing is parked any more
+//!                (the old top is flushed and closed)
+//!                before_switch      the sidecar names the new image
+//!                (rename or catalogue, and the directory's sync; the chain is switched)
+//!                after_switch, or without_switch
+//! guest writes
+//! ```
+//!
+//! Crash: `heir.rs` in `tracking`. Kill: writes are parked under the file of the top image. At the switch none is parked,
+//! and the next one is parked under the new image.
+//!
+//! The sidecar stays where it is. Whoever gives the disk another path names the sidecar ([`Kept::file`]) in the disk's
+//! [`HistorySpec`](super::HistorySpec), in the same step.
+//!
+//! The old image keeps its mark. It names a moment that is none of the history's after the switch, so the image is
+//! refused where a copy of the sidecar lies beside it, and a sidecar of its own begins a lineage of its own.
+
+// Snapshots, promotion and consolidation call these.
+#![cfg_attr(not(test), allow(dead_code))]
+
+use super::host::look;
+use super::parked::Lot;
+use super::sidecar::Kept;
+use crate::EngineError;
+use disk::{DiskError, HistoryMark, LayerHandle, Operation};
+use std::os::unix::fs::MetadataExt;
+use storage::FileStorage;
+use tracking::ImageMark;
+
+/// An image that is about to become the top one, as [`Kept::prepare_switch`] has prepared it.
+#[must_use]
+pub(crate) struct PreparedTop {
+    mark: Option<ImageMark>,
+}
+
+impl Kept {
+    /// Marks the image that is about to become the top one. The guest may write meanwhile, and the present top is not
+    /// closed yet.
+    ///
+    /// From here to the switch nothing is written to the new image by any other way, and `new_top` is the handle that
+    /// the chain gets: one that is opened again would lose the mark with its first write.
+    ///
+    /// # Errors
+    /// When an image cannot be marked: the switch must not be made.
+    pub(crate) async fn prepare_switch(&self, new_top: &LayerHandle) -> Result<PreparedTop, EngineError> {
+        let Some(mark) = self.history().mark_for_heir().await? else { return Ok(PreparedTop { mark: None }) };
+        let borne = HistoryMark { lineage: mark.lineage.0, moment: mark.moment.0 };
+        let marked = new_top.set_history_mark(Some(borne)).await?;
+        Ok(PreparedTop { mark: marked.then_some(mark) })
+    }
+
+    /// What is due right before the switch, while the disk stands still ([`tracking::Tracked::hold_still`], or
+    /// [`tracking::Held::stand_still`]) and after the old top was closed. `new_files` are the files of the disk after the
+    /// switch, in the order in which they would be opened: the new top, its data file, its parent, and so on.
+    ///
+    /// # Errors
+    /// When the files cannot be looked at, or the sidecar can neither be written nor given up: the switch must not be
+    /// made, and the disk goes on with the old top. [`Kept::without_switch`] is not due then.
+    pub(crate) async fn before_switch(
+        &self,
+        new_top: PreparedTop,
+        new_files: &[FileStorage],
+    ) -> Result<(), EngineError> {
+        self.disk.leave_lot()?;
+        let named = self.name_new_top(new_top, new_files.to_vec()).await;
+        if named.is_err() {
+            self.without_switch().await?;
+        }
+        named
+    }
+
+    async fn name_new_top(&self, new_top: PreparedTop, new_files: Vec<FileStorage>) -> Result<(), EngineError> {
+        let old_files = self.host.files();
+        let facts = dataplane::offload(move || {
+            sync_times(&old_files, &new_files)?;
+            look(&new_files)
+        })
+        .await?;
+        Ok(self.history().name_heir(facts, new_top.mark).await?)
+    }
+
+    /// The switch was made, durably, and the chain has the new top. The guest may go on as soon as this has been polled.
+    ///
+    /// # Errors
+    /// When the sidecar can neither be written nor given up: the guest must not write.
+    pub(crate) async fn after_switch(&self, new_files: Vec<FileStorage>) -> Result<(), EngineError> {
+        self.host.set_files(new_files.clone());
+        self.history().heir_takes_place().await?;
+        Lot::move_to(&self.disk, &new_files).await;
+        Ok(())
+    }
+
+    /// The switch was not made, after all.
+    ///
+    /// # Errors
+    /// When the sidecar can neither be written nor given up: the guest must not write.
+    pub(crate) async fn without_switch(&self) -> Result<(), EngineError> {
+        self.history().forget_heir().await?;
+        Lot::move_to(&self.disk, &self.host.files()).await;
+        Ok(())
+    }
+}
+
+/// Makes the times of the new top durable, and those of the old one if it stays among the files: the facts speak of them,
+/// and a sync of data alone leaves them to be lost with the machine's power.
+fn sync_times(old: &[FileStorage], new: &[FileStorage]) -> disk::Result<()> {
+    let id = |file: &FileStorage| file.file().metadata().map(|facts| (facts.dev(), facts.ino()));
+    let failed = |file: &FileStorage, error| {
+        DiskError::from_io(error, Operation::Flush).on(disk::Storage::name(file).to_owned())
+    };
+    let old_top = old.first().and_then(|file| id(file).ok());
+    for (n, file) in new.iter().enumerate() {
+        if n == 0 || id(file).ok().is_some_and(|id| Some(id) == old_top) {
+            file.restore_ragged_size()?;
+            file.file().sync_all().map_err(|error| failed(file, error))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::history::{HistoryMode, HistorySpec, sidecar_of};
+    use crate::images::create;
+    use crate::images::request::{BackingSpec, CreateSpec};
+    use crate::images::stack::{HistoryUse, OpenRequest, Stack};
+    use crate::{CacheMode, Format, ImageSpec};
+    use dataplane::{Backend, block_on};
+    use disk::Buf;
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    const MIB: u64 = 1 << 20;
+
+    /// How far a switch comes before the process is killed.
+    #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+    enum Until {
+        Prepared,
+        Named,
+        Renamed,
+        Taken,
+        /// It is called off.
+        Without,
+    }
+
+    struct Place {
+        _directory: tempfile::TempDir,
+        disk: PathBuf,
+        parent: PathBuf,
+        overlay: PathBuf,
+    }
+
+    fn place() -> Place {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let (disk, parent, overlay) = (at("disk.qcow2"), at("disk@s1.qcow2"), at("disk.qcow2.new"));
+        Place { _directory: directory, disk, parent, overlay }
+    }
+
+    async fn make(file: &Path, backing: Option<&str>, version: &str) {
+        let backing = backing.map(|file| BackingSpec { file: file.to_owned(), format: Format::Qcow2 });
+        let spec = CreateSpec {
+            file: file.to_owned(),
+            format: Format::Qcow2,
+            size: Some(8 * MIB),
+            options: [("compat".to_owned(), version.to_owned())].into(),
+            unsafe_backing: backing.is_some(),
+            backing,
+        };
+        create::create(&spec).await.unwrap();
+    }
+
+    async fn open(file: &Path, history: HistoryUse, force_share: bool) -> Stack {
+        let request = OpenRequest {
+            image: ImageSpec::of(file, Some(Format::Qcow2)),
+            format: Format::Qcow2,
+            writable: true,
+            force_share,
+            cache: CacheMode::Writeback,
+            history,
+        };
+        Stack::open(&request).await.unwrap()
+    }
+
+    async fn kept(file: &Path) -> Stack {
+        open(file, HistoryUse::Kept(HistorySpec { mode: HistoryMode::On, ..HistorySpec::default() }), false).await
+    }
+
+    async fn write(stack: &Stack, at: u64) {
+        stack.disk().write(at, Buf::copy_of(&[7; 4096]), disk::WriteFlags::default()).await.unwrap();
+    }
+
+    async fn changed(stack: &Stack) -> Vec<u64> {
+        let (ranges, _) = stack.changes_between("p", 0, 8 * MIB, 100).await.unwrap();
+        ranges.iter().map(|range| range.start).collect()
+    }
+
+    /// One session up to that step of a switch; then a kill.
+    async fn session(place: &Place, until: Until, overlay_version: &str) {
+        let stack = kept(&place.disk).await;
+        write(&stack, 0).await;
+        stack.hold("p").await.unwrap();
+        stack.cut(tracking::NewPoint { name: "p".to_owned(), set: tracking::Id::NONE }, None);
+        stack.commit("disk", tracking::Consistency::Crash).await.unwrap();
+        write(&stack, 2 * MIB).await;
+        let keeper = stack.kept().unwrap();
+        assert!(keeper.disk.is_parking());
+        fs::hard_link(&place.disk, &place.parent).unwrap();
+        make(&place.overlay, Some("disk@s1.qcow2"), overlay_version).await;
+        let over = open(&place.overlay, HistoryUse::None, true).await;
+        let prepared = keeper.prepare_switch(&over.chain().top().clone()).await.unwrap();
+        if until == Until::Prepared {
+            return;
+        }
+        let still = keeper.disk.hold_still().await.unwrap();
+        stack.chain().top().flush().await.unwrap();
+        stack.chain().top().close().await.unwrap();
+        keeper.before_switch(prepared, over.files()).await.unwrap();
+        assert!(!keeper.disk.is_parking());
+        match until {
+            Until::Named => return,
+            Until::Without => {
+                keeper.without_switch().await.unwrap();
+                assert!(keeper.disk.is_parking());
+                drop(still);
+                return write(&stack, 6 * MIB).await;
+            }
+            _ => fs::rename(&place.overlay, &place.disk).unwrap(),
+        }
+        if until == Until::Taken {
+            keeper.after_switch(over.files().to_vec()).await.unwrap();
+            assert!(keeper.disk.is_parking());
+        }
+    }
+
+    #[test]
+    fn a_kill_at_any_step_leaves_a_trusted_history() {
+        for until in [Until::Prepared, Until::Named, Until::Renamed, Until::Taken, Until::Without] {
+            // Version 2 bears no mark.
+            for overlay_version in ["1.1", "0.10"] {
+                let place = place();
+                let what = format!("{until:?} {overlay_version}");
+                block_on(Backend::Auto, make(&place.disk, None, "1.1")).unwrap();
+                block_on(Backend::Auto, session(&place, until, overlay_version)).unwrap();
+                let mut expected = vec![2 * MIB];
+                if until == Until::Without {
+                    expected.push(6 * MIB);
+                }
+                block_on(Backend::Auto, async {
+                    let stack = kept(&place.disk).await;
+                    let renamed = until == Until::Renamed || until == Until::Taken;
+                    assert_eq!(stack.chain().layers().len(), if renamed { 2 } else { 1 }, "{what}");
+                    assert_eq!(stack.kept().unwrap().distrust, None, "{what}");
+                    assert_eq!(changed(&stack).await, expected, "{what}");
+                    write(&stack, 4 * MIB).await;
+                    stack.close().await.unwrap();
+                })
+                .unwrap();
+                expected.insert(1, 4 * MIB);
+                block_on(Backend::Auto, async {
+                    let stack = kept(&place.disk).await;
+                    assert_eq!(stack.kept().unwrap().distrust, None, "{what}");
+                    assert_eq!(changed(&stack).await, expected, "{what}");
+                    stack.close().await.unwrap();
+                })
+                .unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn the_old_image_does_not_pass_for_the_disk() {
+        let place = place();
+        block_on(Backend::Auto, make(&place.disk, None, "1.1")).unwrap();
+        block_on(Backend::Auto, session(&place, Until::Taken, "1.1")).unwrap();
+        // With the disk's history, as when the snapshot is copied over the disk by hand.
+        fs::copy(sidecar_of(&place.disk), sidecar_of(&place.parent)).unwrap();
+        block_on(Backend::Auto, async {
+            let stack = kept(&place.parent).await;
+            let distrust = stack.kept().unwrap().distrust.clone().unwrap();
+            assert!(distrust.contains("another moment"), "{distrust}");
+            stack.close().await.unwrap();
+        })
+        .unwrap();
+        // And with one of its own.
+        fs::remove_file(sidecar_of(&place.parent)).unwrap();
+        block_on(Backend::Auto, async {
+            let stack = kept(&place.parent).await;
+            assert_eq!(stack.kept().unwrap().distrust, None);
+            assert!(stack.marks("parent").unwrap().is_empty());
+            stack.close().await.unwrap();
+        })
+        .unwrap();
+    }
+}

@@ -91,6 +91,7 @@ pub struct History {
     pub(crate) changed: Event,
     /// Something is to be done by [`History::tend`].
     pub(crate) wanted: Event,
+    /// [`History::tend`] ends.
     pub(crate) tending_ends: Cell<bool>,
     /// The image was written to since the last sign of life.
     pub(crate) wrote: Cell<bool>,
@@ -98,8 +99,6 @@ pub struct History {
     /// Why tracking is to stop, from the moment that this is decided: nothing is recorded any more, and nobody may write
     /// before the sidecar says so.
     pub(crate) giving_up: RefCell<Option<String>>,
-    /// The disk is being closed: [`History::tend`] ends.
-    pub(crate) closing: Cell<bool>,
     /// Flushes of the image are not waited for.
     pub(crate) flushes_void: Cell<bool>,
     /// The heir that the superblock names has taken the image's place; the next superblock says so.
@@ -284,7 +283,6 @@ impl History {
             wrote: Cell::new(false),
             stopped: RefCell::default(),
             giving_up: RefCell::default(),
-            closing: Cell::new(false),
             flushes_void: Cell::new(false),
             heir_succeeds: Cell::new(false),
         }

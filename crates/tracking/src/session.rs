@@ -135,12 +135,12 @@ impl History {
         /// Rounds after which the table is written though the journal has room.
         const ROUNDS: u32 = 10;
         let mut rounds = 0;
-        while !self.closing.get() {
+        while !self.tending_ends.get() {
             let woken = {
                 let wanted = self.wanted.listen();
                 matches!(select(pin!(wanted), pin!(tick())).await, Either::Left(_))
             };
-            if self.is_stopped() || self.closing.get() || self.tending_ends.get() {
+            if self.is_stopped() || self.tending_ends.get() {
                 return;
             }
             if !woken {

@@ -249,8 +249,7 @@ impl<D: Disk> Disk for Tracked<D> {
     }
 
     async fn close(&self) -> Result<()> {
-        self.history.closing.set(true);
-        self.history.wanted.notify(usize::MAX);
+        self.history.end_tending();
         let _held = self.hold_requests().await;
         // What cannot be written stays parked, for whoever opens the disk next.
         let parked = self.wait_for_all_parked().await;

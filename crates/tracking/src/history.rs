@@ -322,7 +322,7 @@ impl History {
     }
 
     /// All points get that reason, unless they have one already.
-    fn refuse_points(&self, reason: &str) {
+    pub(crate) fn refuse_points(&self, reason: &str) {
         let since = self.host.now();
         for point in &mut self.state.borrow_mut().points {
             point.refused.get_or_insert_with(|| Refusal { reason: reason.to_owned(), since });

@@ -14,7 +14,7 @@ use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation};
 /// Most bytes that are declared ahead of one writer.
 const AHEAD_OF_ONE: u64 = 16 << 20;
 /// When so many blocks of the journal are in use, the table is due.
-const JOURNAL_DUE: u64 = JOURNAL_BLOCKS / 2;
+pub(crate) const JOURNAL_DUE: u64 = JOURNAL_BLOCKS / 2;
 
 /// What a granule needs before it may be written to.
 enum Need {
@@ -305,11 +305,8 @@ impl History {
                     .caused_by(error)
             })?;
         }
-        *self.stopped.borrow_mut() = Some(reason.clone());
-        let since = self.host.now();
-        for point in &mut self.state.borrow_mut().points {
-            point.refused.get_or_insert_with(|| crate::Refusal { reason: reason.clone(), since });
-        }
+        self.refuse_points(&reason);
+        *self.stopped.borrow_mut() = Some(reason);
         self.changed.notify(usize::MAX);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! From the first write to the close: what the sidecar says about whether somebody is at work on the image.
 
 use crate::history::History;
+use crate::intents::JOURNAL_DUE;
 use crate::superblock::State;
 use crate::{HistoryError, Id, ImageMark};
 use disk::{DiskError, ErrorKind, Operation};
@@ -155,8 +156,8 @@ impl History {
             if let Err(error) = self.give_sign().await {
                 tracing::warn!(history = self.storage.name(), %error, "no sign of life could be written");
             }
-            let half_full = self.journal_in_use() >= crate::layout::JOURNAL_BLOCKS / 2;
-            if half_full || rounds >= ROUNDS && self.journal_in_use() > 0 {
+            let due = self.journal_in_use() >= JOURNAL_DUE;
+            if due || rounds >= ROUNDS && self.journal_in_use() > 0 {
                 rounds = 0;
                 if let Err(error) = self.checkpoint().await {
                     tracing::warn!(history = self.storage.name(), %error, "the table of changes could not be written; it is tried again");

@@ -141,7 +141,38 @@ fn groups_for(pages: usize) -> usize {
     (pages as u64).div_ceil(GROUP_PAGES) as usize
 }
 
+/// The index as it is on disk.
+struct Index {
+    /// Of all pages.
+    entries: Vec<PageEntry>,
+    /// The slot of each group's index block that counts.
+    group_slots: Vec<u8>,
+    /// The generation of each group's index block.
+    generations: Vec<u64>,
+}
+
 impl Known {
+    /// What is on disk, and nothing beyond it but `current`.
+    fn new(superblock: Superblock, points: Vec<Point>, index: Index, current: EpochMarks, next_sequence: u64) -> Self {
+        let Index { entries: index, group_slots, generations } = index;
+        Self {
+            superblock,
+            points,
+            index,
+            group_slots,
+            generations,
+            current,
+            frozen: None,
+            ahead: RunMap::default(),
+            ahead_forgotten: 0,
+            streams: Streams::default(),
+            queue: Vec::new(),
+            ahead_queue: Vec::new(),
+            tickets: 0,
+            next_sequence,
+        }
+    }
+
     /// Forgets what was declared ahead; the journal declares it until the table is written.
     pub(crate) fn forget_ahead(&mut self) {
         self.ahead_forgotten += self.ahead.total();
@@ -243,24 +274,13 @@ impl History {
         };
         storage.write(layout::SUPERBLOCKS[0], Buf::copy_of(&superblock.encode())).await?;
         storage.sync().await?;
-        let index = vec![PageEntry::NEVER; groups * GROUP_PAGES as usize];
-        let known = Known {
-            current: EpochMarks::new(1, index.len()),
-            index,
+        let index = Index {
+            entries: vec![PageEntry::NEVER; groups * GROUP_PAGES as usize],
             group_slots: vec![0; groups],
             generations: vec![1; groups],
-            frozen: None,
-            ahead: RunMap::default(),
-            ahead_forgotten: 0,
-            streams: Streams::default(),
-            queue: Vec::new(),
-            ahead_queue: Vec::new(),
-            tickets: 0,
-            next_sequence: 0,
-            points: Vec::new(),
-            superblock,
         };
-        Ok(Self::with(storage, host, known))
+        let current = EpochMarks::new(1, index.entries.len());
+        Ok(Self::with(storage, host, Known::new(superblock, Vec::new(), index, current, 0)))
     }
 
     fn with(storage: StorageHandle, host: Rc<dyn Host>, known: Known) -> Self {
@@ -583,23 +603,8 @@ async fn load(storage: &StorageHandle) -> Result<(Known, u64), HistoryError> {
         // The slot that an unfinished checkpoint left must not be taken for a later one's.
         current.dirty.insert(page as usize);
     }
-    let known = Known {
-        superblock,
-        points,
-        index,
-        group_slots,
-        generations,
-        current,
-        frozen: None,
-        ahead: RunMap::default(),
-        ahead_forgotten: 0,
-        streams: Streams::default(),
-        queue: Vec::new(),
-        ahead_queue: Vec::new(),
-        tickets: 0,
-        next_sequence,
-    };
-    Ok((known, last_sign))
+    let index = Index { entries: index, group_slots, generations };
+    Ok((Known::new(superblock, points, index, current, next_sequence), last_sign))
 }
 
 /// The index block of the latest generation that counts, its slot, and whether the other slot must be written anew.

@@ -76,23 +76,11 @@ impl History {
     /// # Errors
     /// When neither could be achieved; the write must not be issued then.
     pub(crate) async fn declare(&self, range: ByteRange) -> Result<(), DiskError> {
-        let (start, end) = self.granules(range);
-        self.declare_granules(start, end, true).await
+        self.declare_all(&[range], true).await
     }
 
-    pub(crate) async fn declare_granules(&self, start: u64, end: u64, streams: bool) -> Result<(), DiskError> {
-        self.wake().await?;
-        loop {
-            if self.is_stopped() {
-                return Ok(());
-            }
-            let Some(ticket) = self.queue_intents(start, end, streams) else { return Ok(()) };
-            self.durable(ticket).await?;
-        }
-    }
-
-    /// The same for many ranges at once.
-    pub(crate) async fn declare_all(&self, ranges: &[ByteRange]) -> Result<(), DiskError> {
+    /// The same for many ranges at once, which may be a part of sequential `streams`.
+    pub(crate) async fn declare_all(&self, ranges: &[ByteRange], streams: bool) -> Result<(), DiskError> {
         self.wake().await?;
         loop {
             if self.is_stopped() {
@@ -100,7 +88,7 @@ impl History {
             }
             let tickets = ranges.iter().filter_map(|range| {
                 let (start, end) = self.granules(*range);
-                self.queue_intents(start, end, true)
+                self.queue_intents(start, end, streams)
             });
             match tickets.max() {
                 Some(ticket) => self.durable(ticket).await?,

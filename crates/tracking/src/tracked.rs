@@ -190,33 +190,11 @@ impl<D: Disk> Disk for Tracked<D> {
     }
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
-        let request = self.enter(range).await;
-        Box::pin(self.wait_for_parked(range)).await?;
-        if self.views.any() {
-            Box::pin(self.preserve(range)).await;
-        }
-        let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
-        self.parking.sign();
-        let result = self.inner.write_zeroes(range, mode, flags).await;
-        self.parking.sign();
-        let kind = ChangeKind::Zero;
-        Box::pin(self.end_zeroing(zeroing, range, kind, result.is_ok(), flags)).await;
-        result
+        self.zero_with(range, ChangeKind::Zero, flags, || self.inner.write_zeroes(range, mode, flags)).await
     }
 
     async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
-        let request = self.enter(range).await;
-        Box::pin(self.wait_for_parked(range)).await?;
-        if self.views.any() {
-            Box::pin(self.preserve(range)).await;
-        }
-        let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
-        self.parking.sign();
-        let result = self.inner.discard(range, flags).await;
-        self.parking.sign();
-        let kind = ChangeKind::Discarded;
-        Box::pin(self.end_zeroing(zeroing, range, kind, result.is_ok(), flags)).await;
-        result
+        self.zero_with(range, ChangeKind::Discarded, flags, || self.inner.discard(range, flags)).await
     }
 
     async fn flush(&self) -> Result<()> {

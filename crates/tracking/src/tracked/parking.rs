@@ -165,7 +165,7 @@ impl<D: Disk> Tracked<D> {
             };
             let ranges: Vec<ByteRange> = batch.iter().map(|write| write.range).collect();
             // A failure is found again by each write, which keeps it.
-            if let Err(error) = self.history.declare_all(&ranges).await {
+            if let Err(error) = self.history.declare_all(&ranges, true).await {
                 tracing::debug!(%error, "parked writes could not be declared");
             }
             for Waiting { range, slot, key, buf } in batch {

@@ -27,8 +27,29 @@ pub(super) struct Settled {
 pub(super) struct Zeroing(u64);
 
 impl<D: Disk> Tracked<D> {
+    /// Zeroes with `issue`, which asks the disk below for what leaves that kind of change.
+    pub(super) async fn zero_with<F: Future<Output = Result<()>>>(
+        &self,
+        range: ByteRange,
+        kind: ChangeKind,
+        flags: WriteFlags,
+        issue: impl FnOnce() -> F,
+    ) -> Result<()> {
+        let request = self.enter(range).await;
+        Box::pin(self.wait_for_parked(range)).await?;
+        if self.views.any() {
+            Box::pin(self.preserve(range)).await;
+        }
+        let zeroing = Box::pin(self.begin_zeroing(&request, range)).await?;
+        self.parking.sign();
+        let result = issue().await;
+        self.parking.sign();
+        Box::pin(self.end_zeroing(zeroing, range, kind, result.is_ok(), flags)).await;
+        result
+    }
+
     /// Declares a zeroing. `None`: all of the range reads as zero already, so that nothing changes.
-    pub(super) async fn begin_zeroing(&self, request: &Request<'_>, range: ByteRange) -> Result<Option<Zeroing>> {
+    async fn begin_zeroing(&self, request: &Request<'_>, range: ByteRange) -> Result<Option<Zeroing>> {
         let history = &self.history;
         if history.is_stopped() {
             return Ok(None);
@@ -40,10 +61,7 @@ impl<D: Disk> Tracked<D> {
         if parts.is_empty() {
             return Ok(None);
         }
-        for part in &parts {
-            let (start, end) = history.granules(*part);
-            history.declare_granules(start, end, false).await?;
-        }
+        history.declare_all(&parts, false).await?;
         if history.is_stopped() {
             return Ok(None);
         }
@@ -68,7 +86,7 @@ impl<D: Disk> Tracked<D> {
     }
 
     /// Takes down what a zeroing has left.
-    pub(super) async fn end_zeroing(
+    async fn end_zeroing(
         &self,
         zeroing: Option<Zeroing>,
         range: ByteRange,

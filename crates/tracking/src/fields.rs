@@ -1,5 +1,7 @@
 //! Numbers and texts as fields of a block.
 
+use crate::layout::BLOCK;
+
 /// Appends fields.
 #[derive(Default)]
 pub(crate) struct Writer(pub(crate) Vec<u8>);
@@ -73,6 +75,36 @@ pub(crate) fn is_sealed(block: &[u8], at: usize) -> bool {
     u32::from_le_bytes(*sum) == found
 }
 
+/// Where the checksum of a small block is, behind its magic number.
+const SUM_AT: usize = 4;
+
+/// The beginning of a block of that kind; [`finish_block`] seals it.
+pub(crate) fn begin_block(magic: u32) -> Writer {
+    let mut w = Writer(Vec::with_capacity(BLOCK as usize));
+    w.u32(magic);
+    w.u32(0);
+    w
+}
+
+/// The block, filled up with zeroes and sealed.
+pub(crate) fn finish_block(w: Writer) -> Vec<u8> {
+    let mut block = w.0;
+    block.resize(BLOCK as usize, 0);
+    seal(&mut block, SUM_AT);
+    block
+}
+
+/// What stands behind magic number and checksum, if these bytes are a block of that kind.
+pub(crate) fn open_block(bytes: &[u8], magic: u32) -> Option<Reader<'_>> {
+    if bytes.len() != BLOCK as usize || !is_sealed(bytes, SUM_AT) {
+        return None;
+    }
+    let mut r = Reader(bytes);
+    (r.u32()? == magic).then_some(())?;
+    r.u32()?;
+    Some(r)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,5 +120,10 @@ mod tests {
             block[at] ^= 1;
         }
         assert!(!is_sealed(&[], 0));
+        let mut w = begin_block(7);
+        w.u16(5);
+        let block = finish_block(w);
+        assert_eq!(open_block(&block, 7).and_then(|mut r| r.u16()), Some(5));
+        assert!(open_block(&block, 8).is_none() && open_block(&block[..64], 7).is_none());
     }
 }

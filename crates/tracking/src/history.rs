@@ -2,7 +2,7 @@
 
 use crate::epoch_marks::EpochMarks;
 use crate::epoch_marks::Run;
-use crate::fields::{Reader, Writer, is_sealed, seal};
+use crate::fields::{begin_block, finish_block, open_block};
 use crate::index::{IndexBlock, PageBody, PageEntry, sum_of};
 use crate::intents::joined;
 use crate::journal_block::JournalBlock;
@@ -524,16 +524,11 @@ impl History {
         }
         let block = {
             let known = self.state.borrow();
-            let mut w = Writer::default();
-            w.u32(HEARTBEAT_MAGIC);
-            w.u32(0);
+            let mut w = begin_block(HEARTBEAT_MAGIC);
             w.bytes(&known.superblock.journal.0);
             w.u64(self.host.now());
             w.u64(self.journal_durable.get());
-            let mut block = w.0;
-            block.resize(BLOCK as usize, 0);
-            seal(&mut block, 4);
-            block
+            finish_block(w)
         };
         self.storage.write(layout::HEARTBEAT, Buf::copy_of(&block)).await?;
         Ok(())
@@ -580,10 +575,9 @@ async fn load(storage: &StorageHandle) -> Result<(Known, u64), HistoryError> {
     let points = load_points(storage, &superblock).await?;
     let (mut last_sign, mut journal_durable) = (superblock.time, 0);
     let beat = read_block(storage, layout::HEARTBEAT).await?;
-    if is_sealed(&beat, 4) {
-        let mut r = Reader(&beat);
-        let (magic, _, journal, time, durable) = (r.u32(), r.u32(), r.array().map(Id), r.u64(), r.u64());
-        if magic == Some(HEARTBEAT_MAGIC) && journal == Some(superblock.journal) {
+    if let Some(mut r) = open_block(&beat, HEARTBEAT_MAGIC) {
+        let (journal, time, durable) = (r.array().map(Id), r.u64(), r.u64());
+        if journal == Some(superblock.journal) {
             last_sign = last_sign.max(time.unwrap_or(0));
             journal_durable = durable.unwrap_or(0);
         }

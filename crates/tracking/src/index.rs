@@ -1,11 +1,10 @@
 //! The index: which slot of each table page counts, and what is in it.
 
-use crate::fields::{Reader, Writer, is_sealed, seal};
+use crate::fields::{Reader, begin_block, finish_block, open_block};
 use crate::kind::Counter;
-use crate::layout::{BLOCK, GROUP_PAGES};
+use crate::layout::GROUP_PAGES;
 
 const MAGIC: u32 = 0x5849_5748; // "HWIX"
-const SUM_AT: usize = 4;
 const HEAD: usize = 64;
 
 /// What the index knows of a page of counters.
@@ -55,9 +54,7 @@ pub(crate) struct IndexBlock {
 impl IndexBlock {
     pub(crate) fn encode(&self) -> Vec<u8> {
         debug_assert_eq!(self.entries.len(), GROUP_PAGES as usize);
-        let mut w = Writer(Vec::with_capacity(BLOCK as usize));
-        w.u32(MAGIC);
-        w.u32(0);
+        let mut w = begin_block(MAGIC);
         w.u64(self.group);
         w.u64(self.generation);
         w.0.resize(HEAD, 0);
@@ -75,22 +72,12 @@ impl IndexBlock {
                 }
             }
         }
-        let mut block = w.0;
-        block.resize(BLOCK as usize, 0);
-        seal(&mut block, SUM_AT);
-        block
+        finish_block(w)
     }
 
     /// The index block, if these bytes are the group's.
     pub(crate) fn decode(bytes: &[u8], group: u64) -> Option<Self> {
-        if bytes.len() != BLOCK as usize || !is_sealed(bytes, SUM_AT) {
-            return None;
-        }
-        let mut r = Reader(bytes);
-        if r.u32()? != MAGIC {
-            return None;
-        }
-        r.u32()?;
+        let mut r = open_block(bytes, MAGIC)?;
         let (found, generation) = (r.u64()?, r.u64()?);
         if found != group {
             return None;

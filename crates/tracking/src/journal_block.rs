@@ -1,11 +1,10 @@
 //! A block of the journal: granules that may change from now on.
 
 use crate::Id;
-use crate::fields::{Reader, Writer, is_sealed, seal};
+use crate::fields::{Reader, begin_block, finish_block, open_block};
 use crate::layout::BLOCK;
 
 const MAGIC: u32 = 0x4c4a_5748; // "HWJL"
-const SUM_AT: usize = 4;
 const HEAD: usize = 64;
 const ENTRY: usize = 12;
 /// Runs that one block holds.
@@ -27,9 +26,7 @@ pub(crate) struct JournalBlock {
 impl JournalBlock {
     pub(crate) fn encode(&self) -> Vec<u8> {
         debug_assert!(self.runs.len() <= ENTRIES);
-        let mut w = Writer(Vec::with_capacity(BLOCK as usize));
-        w.u32(MAGIC);
-        w.u32(0);
+        let mut w = begin_block(MAGIC);
         w.bytes(&self.journal.0);
         w.u64(self.sequence);
         w.u64(self.time);
@@ -42,22 +39,12 @@ impl JournalBlock {
             w.u64(*start);
             w.u32((end - start) as u32);
         }
-        let mut block = w.0;
-        block.resize(BLOCK as usize, 0);
-        seal(&mut block, SUM_AT);
-        block
+        finish_block(w)
     }
 
     /// The block, if these bytes are one of this journal.
     pub(crate) fn decode(bytes: &[u8], journal: Id) -> Option<Self> {
-        if bytes.len() != BLOCK as usize || !is_sealed(bytes, SUM_AT) {
-            return None;
-        }
-        let mut r = Reader(bytes);
-        if r.u32()? != MAGIC {
-            return None;
-        }
-        r.u32()?;
+        let mut r = open_block(bytes, MAGIC)?;
         let mut found = Self {
             journal: Id(r.array()?),
             sequence: r.u64()?,

@@ -225,7 +225,7 @@ impl Engine {
 
     async fn open_stack(&self, spec: &DiskSpec) -> Result<(Home, Facts, HistoryReport), EngineError> {
         let name = spec.name.clone();
-        let home = Home { thread: self.threads.pick(), id: DiskId(self.next_id.fetch_add(1, Ordering::Relaxed)) };
+        let home = Home { thread: self.threads.pick(), id: self.new_id() };
         let spec = spec.clone();
         let (facts, history) = home
             .open(

@@ -142,6 +142,12 @@ impl EpochMarks {
         }
     }
 
+    /// The granules of `start..end` that the zeroing of that number still speaks for.
+    pub(crate) fn left_to_zeroing(&self, number: u64, start: u64, end: u64) -> Vec<(u64, u64)> {
+        let ours = self.runs.within(start, end).filter(|(_, _, run)| *run == Run::Zeroing(number));
+        ours.map(|(start, end, _)| (start, end)).collect()
+    }
+
     /// Forgets what the table knows as well, until memory is below `limit` bytes or nothing more can go. Granules that
     /// are forgotten are journalled again when they are written.
     pub(crate) fn shed(&mut self, limit: usize) {

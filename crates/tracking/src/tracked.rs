@@ -261,13 +261,7 @@ impl History {
         let known = &mut *known;
         for marks in known.frozen.iter_mut().chain([&mut known.current]) {
             for (start, end, kind) in parts {
-                let ours: Vec<(u64, u64)> = marks
-                    .runs
-                    .within(*start, *end)
-                    .filter(|(_, _, run)| *run == Run::Zeroing(number))
-                    .map(|(start, end, _)| (start, end))
-                    .collect();
-                for (start, end) in ours {
+                for (start, end) in marks.left_to_zeroing(number, *start, *end) {
                     marks.set_run(start, end, Run::Kind(*kind));
                 }
             }

@@ -183,7 +183,7 @@ struct Dice(u64);
 
 impl Dice {
     fn new() -> Self {
-        let seed = super::marking::random_id().0;
+        let seed = super::host::random_id().0;
         Self(u64::from_le_bytes([seed[0], seed[1], seed[2], seed[3], seed[4], seed[5], seed[6], seed[7]]) | 1)
     }
 

@@ -93,7 +93,7 @@ async fn import(
     dirty: &[ByteRange],
 ) -> Result<MarkReport, EngineError> {
     stack.hold(mark).await?;
-    stack.cut(NewPoint { name: mark.to_owned(), set: super::marking::random_id() }, None);
+    stack.cut(NewPoint { name: mark.to_owned(), set: super::host::random_id() }, None);
     let report = stack.commit(disk, Consistency::Crash).await?;
     let recorded = record(stack, dirty).await;
     if recorded.is_err() {

@@ -88,6 +88,16 @@ pub(super) fn look(files: &[FileStorage]) -> Result<ImageFacts> {
     })
 }
 
+/// A random name.
+pub(crate) fn random_id() -> Id {
+    let mut bytes = [0; 16];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
+    }
+    Id(bytes)
+}
+
 impl Host for FileHost {
     fn now(&self) -> u64 {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -99,12 +109,7 @@ impl Host for FileHost {
     }
 
     fn random_id(&self) -> Id {
-        let mut bytes = [0; 16];
-        let mut filled = 0;
-        while filled < bytes.len() {
-            filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
-        }
-        Id(bytes)
+        random_id()
     }
 
     fn facts(&self) -> LocalFuture<'_, Result<ImageFacts>> {

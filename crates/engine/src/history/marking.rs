@@ -1,5 +1,6 @@
 //! Taking marks: several disks at one instant, guests frozen if that is wanted.
 
+use super::host::random_id;
 use super::report::MarkReport;
 use super::views::{self, ViewSpec};
 use crate::EngineError;
@@ -11,7 +12,7 @@ use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
-use tracking::{Consistency, Id, NewPoint};
+use tracking::{Consistency, NewPoint};
 use utoipa::ToSchema;
 
 /// How long a disk's requests under way are waited for; meanwhile its guest waits, too.
@@ -58,16 +59,6 @@ impl MarkSpec {
             _ => Ok(()),
         }
     }
-}
-
-/// A random name.
-pub(crate) fn random_id() -> Id {
-    let mut bytes = [0; 16];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
-    }
-    Id(bytes)
 }
 
 impl Stack {

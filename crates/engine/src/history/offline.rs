@@ -1,6 +1,7 @@
 //! The same for images that nobody serves.
 
-use super::marking::{FreezeSpec, random_id};
+use super::host::random_id;
+use super::marking::FreezeSpec;
 use super::report::{ChangesReport, HistoryReport, MarkReport};
 use super::{HistorySpec, sidecar_of};
 use crate::images::request::SourceSpec;

@@ -120,7 +120,7 @@ pub(crate) async fn store(spec: &ViewSpec, image: &Path, size: u64) -> Result<(S
             |e: rustix::io::Errno| EngineError::file(&directory, "make a file for a view's old bytes in", e.into());
         let space = rustix::fs::statvfs(&directory).map_err(failed)?;
         let free = space.f_bavail.saturating_mul(space.f_frsize);
-        let name = format!(".highwater-view-{}", super::marking::random_id());
+        let name = format!(".highwater-view-{}", super::host::random_id());
         let path = directory.join(name);
         let options =
             OpenOptions { lock: LockMode::Off, cache: storage::CacheMode::Unsafe, ..OpenOptions::create_new(0) };

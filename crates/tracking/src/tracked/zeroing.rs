@@ -100,14 +100,7 @@ impl<D: Disk> Tracked<D> {
         let mut parts = Vec::new();
         {
             let mut known = self.history.state.borrow_mut();
-            let ours: Vec<(u64, u64)> = known
-                .current
-                .runs
-                .within(start, end)
-                .filter(|(_, _, run)| *run == Run::Zeroing(number))
-                .map(|(start, end, _)| (start, end))
-                .collect();
-            for (start, end) in ours {
+            for (start, end) in known.current.left_to_zeroing(number, start, end) {
                 let mut rest = start;
                 for (from, to) in &zero {
                     let (from, to) = ((*from).max(start), (*to).min(end));

@@ -58,6 +58,10 @@ impl<'a> Reader<'a> {
         let n = self.u16()?;
         Some(String::from_utf8_lossy(self.bytes(n.into())?).into_owned())
     }
+    /// A text for people, without what would move their terminal's cursor.
+    pub(crate) fn printable(&mut self) -> Option<String> {
+        Some(self.text()?.replace(char::is_control, "\u{fffd}"))
+    }
 }
 
 /// A block with its checksum in the four bytes at `at`: CRC-32C of the block with these bytes zero.

@@ -2,12 +2,14 @@
 
 use crate::fields::{Reader, Writer};
 use crate::kind::LAST_EPOCH;
-use crate::layout::POINTS_CAPACITY;
+use crate::layout::{GRANULE_BITS, MAX_GRANULES, POINTS_CAPACITY};
 use crate::run_map::RunMap;
 use crate::{ChangeKind, Damage, Id};
 
 /// Longest name of a point in bytes: with NBD's `qemu:dirty-bitmap:` before it, it fits every client.
 pub const MAX_NAME: usize = 255;
+/// Bytes of the largest disk that is tracked.
+const MAX_SIZE: u64 = MAX_GRANULES << *GRANULE_BITS.end();
 /// Bytes of a pending run.
 const PENDING: usize = 17;
 
@@ -67,13 +69,14 @@ pub struct Point {
     pub pending: Vec<PendingRun>,
 }
 
-/// Pending runs as a point keeps them: in order, without overlaps. Where they do overlap, bytes that must be read win.
+/// Pending runs as a point keeps them: in order, without overlaps, and none beyond the largest disk. Where they do overlap,
+/// bytes that must be read win.
 pub(crate) fn in_order(pending: &[PendingRun]) -> Vec<PendingRun> {
     let mut runs = RunMap::default();
     let (data, others): (Vec<&PendingRun>, Vec<&PendingRun>) =
         pending.iter().partition(|run| run.kind == ChangeKind::Data);
     for run in others.into_iter().chain(data) {
-        runs.insert(run.start, run.end, run.kind);
+        runs.insert(run.start, run.end.min(MAX_GRANULES), run.kind);
     }
     runs.iter().map(|(start, end, kind)| PendingRun { start, end, kind }).collect()
 }
@@ -159,7 +162,7 @@ fn one(mut r: Reader<'_>) -> Option<Point> {
         refused: None,
         pending: Vec::new(),
     };
-    if !is_name(&point.name) || point.epoch == 0 || point.epoch > LAST_EPOCH {
+    if !is_name(&point.name) || point.epoch == 0 || point.epoch > LAST_EPOCH || point.size > MAX_SIZE {
         return None;
     }
     while !r.0.is_empty() {
@@ -167,13 +170,13 @@ fn one(mut r: Reader<'_>) -> Option<Point> {
         let mut part = Reader(r.bytes(len)?);
         match tag {
             TAG_APPLICATION => point.consistency = Consistency::Application { frozen_ms: part.u32()? },
-            TAG_REFUSED => point.refused = Some(Refusal { since: part.u64()?, reason: part.text()? }),
+            TAG_REFUSED => point.refused = Some(Refusal { since: part.u64()?, reason: part.printable()? }),
             TAG_PENDING => {
                 let mut last = 0;
                 while !part.0.is_empty() {
                     let (start, end) = (part.u64()?, part.u64()?);
                     let kind = ChangeKind::of_code(part.u8()?.into());
-                    if start < last || end <= start {
+                    if start < last || end <= start || end > MAX_GRANULES {
                         return None;
                     }
                     last = end;
@@ -225,6 +228,35 @@ mod tests {
         let mut longer = bytes;
         longer.push(0);
         assert_eq!(decode(&longer), Err(Damage::Points));
+    }
+
+    #[test]
+    fn numbers_have_bounds() {
+        let data = |start, end| PendingRun { start, end, kind: ChangeKind::Data };
+        type Change = fn(&mut Point, fn(u64, u64) -> PendingRun);
+        let changes: [(Change, bool); 8] = [
+            (|p, run| p.pending.push(run(9, MAX_GRANULES)), true),
+            (|p, run| p.pending.push(run(9, MAX_GRANULES + 1)), false),
+            (|p, run| p.pending.push(run(u64::MAX - 1, u64::MAX)), false),
+            (|p, run| p.pending = vec![run(0, u64::MAX)], false),
+            (|p, run| p.pending = vec![run(1, 2), run(0, 1)], false),
+            (|p, _| p.size = MAX_SIZE, true),
+            (|p, _| p.size = MAX_SIZE + 1, false),
+            (|p, _| p.time = u64::MAX, true),
+        ];
+        for (n, (change, good)) in changes.into_iter().enumerate() {
+            let mut changed = point("a");
+            change(&mut changed, data);
+            assert_eq!(decode(&encode(&[changed]).unwrap()).is_ok(), good, "change {n}");
+        }
+    }
+
+    #[test]
+    fn reasons_hold_nothing_for_the_terminal() {
+        let mut changed = point("a");
+        changed.refused = Some(Refusal { reason: "\x1b[2Jgröße\n".to_owned(), since: 1 });
+        let found = decode(&encode(&[changed]).unwrap()).unwrap();
+        assert_eq!(found[0].refused.as_ref().unwrap().reason, "\u{fffd}[2Jgröße\u{fffd}");
     }
 
     #[test]

@@ -207,7 +207,7 @@ impl Superblock {
         let moment = Id(r.array()?);
         let next_moment = Id(r.array()?);
         let facts = read_facts(r)?;
-        let reason = r.text()?;
+        let reason = r.printable()?;
         Some(Self {
             sequence,
             lineage,

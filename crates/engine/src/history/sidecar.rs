@@ -131,9 +131,8 @@ async fn settle(
         return Ok(());
     }
     let host = Rc::new(FileHost::new(Rc::clone(chain), files.to_vec(), file.clone()));
-    // Durable before anything is written unseen, whatever the image's own cache mode is.
-    let durable = HistoryRequest { cache: CacheMode::Writeback, ..*request };
-    let settled = match open_sidecar(&file, &durable).await {
+    // Durable before anything is written unseen, as a sidecar always is.
+    let settled = match open_sidecar(&file, request).await {
         Ok(storage) => History::open(storage, host.clone()).await,
         Err(error) => Err(error.into()),
     };

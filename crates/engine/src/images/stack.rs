@@ -16,7 +16,9 @@ use tracking::{Held, UncommittedPoint};
 /// What is done about the image's history.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum HistoryUse {
-    /// Nothing. Who opens an image for writing like this has its marks refused.
+    /// It is not kept. Who opens an image for writing like this has what lies beside it brought to an end first (the sidecar
+    /// takes down how the image looks, and parked writes are put back); so the next opening sees that somebody has written
+    /// since, and refuses the marks.
     #[default]
     None,
     /// It is kept if there is one; in that file, or beside the image.

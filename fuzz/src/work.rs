@@ -8,8 +8,8 @@
 use crate::{Input, Op};
 use chain::{Chain, LayerInfo};
 use disk::{
-    Below, Buf, ByteRange, Disk, DiskHandle, ErrorKind, HistoryMark, LayerHandle, Result, StorageHandle, WriteFlags,
-    ZeroMode,
+    Below, Buf, ByteRange, ContentId, Disk, DiskHandle, ErrorKind, HistoryMark, LayerHandle, ParentLink, Result,
+    StorageHandle, WriteFlags, ZeroMode,
 };
 use formats::Format;
 use formats::qcow2::check::{CheckReport, RepairMode, Severity, check, repair};
@@ -67,6 +67,8 @@ pub fn look(input: &Input) {
         if let Ok(header) = Header::read(&storage).await {
             let encoded = header.encode();
             drop(encoded);
+            let identity = header.identity();
+            assert!(identity.content.is_none() || identity.lapsed.is_none());
             if let Ok(table) = SnapshotTable::read(&storage, &header).await {
                 for snapshot in table.snapshots.iter().take(3) {
                     let snapshot = Some(snapshot.id_text().into_owned());
@@ -164,6 +166,14 @@ async fn apply(op: Op, disk: &DiskHandle, chain: &Chain, compression: Compressio
             let mark = (!op.offset.is_multiple_of(4)).then_some(mark);
             if chain.top().set_history_mark(mark).await? {
                 assert_eq!(chain.top().history_mark(), mark);
+            }
+            if op.len % 8 == 7 {
+                let parent = ContentId::from_bytes([byte; 16]);
+                let link = ParentLink { parent, second: None, size, modified: 1, linked: 2 };
+                if chain.top().set_parent_link(Some(link)).await? {
+                    assert_eq!(chain.top().parent_link(), Some(link));
+                    assert!(chain.top().content_id().is_some());
+                }
             }
             Ok(())
         }

@@ -1,8 +1,8 @@
 //! The second contract: one image, which says where the guest's bytes are.
 
 use crate::{
-    Buf, ByteRange, DiskError, ErrorKind, LayerExtent, LocalFuture, Operation, Presence, Result, StorageHandle,
-    StorageId, ZeroMode,
+    Buf, ByteRange, ContentId, DiskError, ErrorKind, LayerExtent, LayerIdentity, LocalFuture, Operation, ParentLink,
+    Presence, Result, StorageHandle, StorageId, ZeroMode,
 };
 use std::fmt;
 use std::future::Future;
@@ -127,6 +127,9 @@ pub struct HistoryMark {
 ///
 /// **History.** Whoever keeps a history of the image sets a mark before the first write. A layer that is written to
 /// without [`Layer::set_history_mark`] in this opening loses the mark, durably, before the first write.
+///
+/// **Identity.** A layer that can bear an id of its content gets another one, durably, before the first write of an opening
+/// (and of what follows a [`Layer::close`]) changes anything: never is other content found under an old id.
 pub trait Layer: 'static {
     /// The facts.
     fn geometry(&self) -> LayerGeometry;
@@ -177,6 +180,17 @@ pub trait Layer: 'static {
     /// `false`: this image cannot bear one, and nothing has changed. After a crash the mark is the old one, the new one,
     /// or none.
     fn set_history_mark(&self, mark: Option<HistoryMark>) -> impl Future<Output = Result<bool>>;
+    /// What the image says about its content and its parent. No I/O.
+    fn identity(&self) -> LayerIdentity;
+    /// Puts the link to the parent into the image (or takes it out) and makes that durable; the guest's bytes and the
+    /// content's id stay as they are, but for an image that bears none, or one that lapsed, and gets one with it.
+    /// `false`: this image cannot bear a link, and nothing has changed. After a crash the link is the old or the new one.
+    fn set_parent_link(&self, link: Option<ParentLink>) -> impl Future<Output = Result<bool>>;
+    /// The same together with the first write of this opening; nothing happens if there is none, or it has been already.
+    fn link_with_first_write(&self, link: ParentLink);
+    /// Gives the content that id, durably, ahead of a first write which then leaves it as it is: for who must name the
+    /// coming content somewhere else before. `false`: this image cannot bear one.
+    fn renew_content_id(&self, id: ContentId) -> impl Future<Output = Result<bool>>;
     /// Flushes, and leaves the image marked as cleanly closed. No request is under way or follows.
     fn close(&self) -> impl Future<Output = Result<()>>;
 }
@@ -202,6 +216,10 @@ trait ErasedLayer {
     fn resize(&self, size: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<()>>;
     fn history_mark(&self) -> Option<HistoryMark>;
     fn set_history_mark(&self, mark: Option<HistoryMark>) -> LocalFuture<'_, Result<bool>>;
+    fn identity(&self) -> LayerIdentity;
+    fn set_parent_link(&self, link: Option<ParentLink>) -> LocalFuture<'_, Result<bool>>;
+    fn link_with_first_write(&self, link: ParentLink);
+    fn renew_content_id(&self, id: ContentId) -> LocalFuture<'_, Result<bool>>;
     fn close(&self) -> LocalFuture<'_, Result<()>>;
 }
 
@@ -262,6 +280,18 @@ impl<T: Layer> ErasedLayer for T {
     }
     fn set_history_mark(&self, mark: Option<HistoryMark>) -> LocalFuture<'_, Result<bool>> {
         Box::pin(Layer::set_history_mark(self, mark))
+    }
+    fn identity(&self) -> LayerIdentity {
+        Layer::identity(self)
+    }
+    fn set_parent_link(&self, link: Option<ParentLink>) -> LocalFuture<'_, Result<bool>> {
+        Box::pin(Layer::set_parent_link(self, link))
+    }
+    fn link_with_first_write(&self, link: ParentLink) {
+        Layer::link_with_first_write(self, link);
+    }
+    fn renew_content_id(&self, id: ContentId) -> LocalFuture<'_, Result<bool>> {
+        Box::pin(Layer::renew_content_id(self, id))
     }
     fn close(&self) -> LocalFuture<'_, Result<()>> {
         Box::pin(Layer::close(self))
@@ -409,6 +439,45 @@ impl LayerHandle {
             return Err(DiskError::new(ErrorKind::ReadOnly, Operation::Write));
         }
         self.0.set_history_mark(mark).await
+    }
+
+    /// What the image says about its content and its parent. No I/O.
+    pub fn identity(&self) -> LayerIdentity {
+        self.0.identity()
+    }
+
+    /// The id of the image's content; `None` when it bears none, or one that has no meaning any more. No I/O.
+    pub fn content_id(&self) -> Option<ContentId> {
+        self.0.identity().content
+    }
+
+    /// What the image remembers of its parent, if it was bound to one. No I/O.
+    pub fn parent_link(&self) -> Option<ParentLink> {
+        self.0.identity().link
+    }
+
+    /// Puts the link to the parent into the image, or takes it out, durably. `false`: this image cannot bear one.
+    pub async fn set_parent_link(&self, link: Option<ParentLink>) -> Result<bool> {
+        if self.geometry().read_only {
+            return Err(DiskError::new(ErrorKind::ReadOnly, Operation::Write));
+        }
+        self.0.set_parent_link(link).await
+    }
+
+    /// Puts the link into the image together with the first write of this opening. Nothing happens if there is none, or
+    /// where the image cannot bear a link.
+    pub fn link_with_first_write(&self, link: ParentLink) {
+        if !self.geometry().read_only {
+            self.0.link_with_first_write(link);
+        }
+    }
+
+    /// Gives the content that id, durably, ahead of the first write, which leaves it. `false`: this image cannot bear one.
+    pub async fn renew_content_id(&self, id: ContentId) -> Result<bool> {
+        if self.geometry().read_only {
+            return Err(DiskError::new(ErrorKind::ReadOnly, Operation::Write));
+        }
+        self.0.renew_content_id(id).await
     }
 
     /// Flushes, and leaves the image marked as cleanly closed.

@@ -17,6 +17,7 @@ mod buf;
 mod disk;
 mod error;
 mod extent;
+mod identity;
 mod layer;
 mod range;
 mod storage;
@@ -25,6 +26,7 @@ pub use buf::{BUF_ALIGNMENT, Buf};
 pub use disk::{Disk, DiskGeometry, DiskHandle, WriteFlags};
 pub use error::{DiskError, ErrorKind, Operation, Result};
 pub use extent::{DiskExtent, ExtentSource, LayerExtent, Presence, StorageId};
+pub use identity::{ContentId, LayerIdentity, ParentLink};
 pub use layer::{
     Below, Fill, HistoryMark, IoGuard, Layer, LayerGeometry, LayerHandle, Preallocation, PreparedWrite, Ticket,
     TicketId, WritePlan,

@@ -1,8 +1,9 @@
 //! The raw format: the guest's bytes stand in the storage at their own offsets.
 
 use disk::{
-    Below, Buf, ByteRange, DiskError, ErrorKind, HistoryMark, Layer, LayerExtent, LayerGeometry, Operation,
-    Preallocation, Presence, Result, StorageHandle, StorageId, TicketId, WritePlan, ZeroMode,
+    Below, Buf, ByteRange, ContentId, DiskError, ErrorKind, HistoryMark, Layer, LayerExtent, LayerGeometry,
+    LayerIdentity, Operation, ParentLink, Preallocation, Presence, Result, StorageHandle, StorageId, TicketId,
+    WritePlan, ZeroMode,
 };
 use std::cell::Cell;
 
@@ -166,6 +167,20 @@ impl Layer for RawLayer {
     }
 
     async fn set_history_mark(&self, _mark: Option<HistoryMark>) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn identity(&self) -> LayerIdentity {
+        LayerIdentity::default()
+    }
+
+    async fn set_parent_link(&self, _link: Option<ParentLink>) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn link_with_first_write(&self, _link: ParentLink) {}
+
+    async fn renew_content_id(&self, _id: ContentId) -> Result<bool> {
         Ok(false)
     }
 

@@ -3,8 +3,9 @@
 use crate::MemoryStorage;
 use crate::executor::yield_now;
 use disk::{
-    Below, Buf, ByteRange, DiskError, ErrorKind, Fill, HistoryMark, Layer, LayerExtent, LayerGeometry, LayerHandle,
-    Operation, Preallocation, Presence, Result, StorageHandle, StorageId, Ticket, TicketId, WritePlan, ZeroMode,
+    Below, Buf, ByteRange, ContentId, DiskError, ErrorKind, Fill, HistoryMark, Layer, LayerExtent, LayerGeometry,
+    LayerHandle, LayerIdentity, Operation, ParentLink, Preallocation, Presence, Result, StorageHandle, StorageId,
+    Ticket, TicketId, WritePlan, ZeroMode,
 };
 use event_listener::Event;
 use std::cell::{Cell, RefCell};
@@ -46,6 +47,10 @@ pub struct MemoryLayer {
     mark: Cell<Option<HistoryMark>>,
     /// The mark was set by whoever has the layer now.
     tracked: Cell<bool>,
+    identity: Cell<LayerIdentity>,
+    /// The content's id has been changed since the layer was opened.
+    renewed: Cell<bool>,
+    link_to_set: Cell<Option<ParentLink>>,
 }
 
 struct State {
@@ -137,18 +142,49 @@ impl MemoryLayer {
             poisoned: Cell::new(false),
             mark: Cell::new(None),
             tracked: Cell::new(false),
+            identity: Cell::default(),
+            renewed: Cell::new(false),
+            link_to_set: Cell::default(),
         }
     }
 
     /// As if the layer were opened anew, by somebody who has set no mark yet.
     pub fn reopen(&self) {
         self.tracked.set(false);
+        self.renewed.set(false);
+        self.link_to_set.set(None);
     }
 
     /// A change of the guest's bytes is about to happen.
     fn announce(&self) {
         if !self.tracked.get() {
             self.mark.set(None);
+        }
+        if !self.renewed.get() {
+            self.renew(None);
+        }
+        if let Some(link) = self.link_to_set.take() {
+            self.identity.set(LayerIdentity { link: Some(link), ..self.identity.get() });
+        }
+    }
+
+    /// Another id for the content: the next one, unless it is given.
+    fn renew(&self, id: Option<ContentId>) {
+        let present = self.identity.get();
+        let next = match present.content {
+            Some(content) => content.successor(
+                (u64::from_be_bytes(content.to_bytes()[8..].try_into().expect("eight bytes")) + 1).to_be_bytes(),
+            ),
+            None => ContentId::from_bytes([1; 16]).expect("an id"),
+        };
+        self.identity.set(LayerIdentity { content: Some(id.unwrap_or(next)), ..present });
+        self.renewed.set(true);
+    }
+
+    fn require_sound(&self) -> Result<()> {
+        match self.poisoned.get() {
+            true => Err(DiskError::new(ErrorKind::Poisoned, Operation::Write)),
+            false => Ok(()),
         }
     }
 
@@ -531,18 +567,45 @@ impl Layer for MemoryLayer {
 
     async fn set_history_mark(&self, mark: Option<HistoryMark>) -> Result<bool> {
         self.turns().await;
-        if self.poisoned.get() {
-            return Err(DiskError::new(ErrorKind::Poisoned, Operation::Write));
-        }
+        self.require_sound()?;
         self.mark.set(mark);
         self.tracked.set(mark.is_some());
         Ok(true)
     }
 
-    async fn close(&self) -> Result<()> {
-        match self.options.read_only {
-            true => Ok(()),
-            false => Layer::flush(self).await,
+    fn identity(&self) -> LayerIdentity {
+        self.identity.get()
+    }
+
+    async fn set_parent_link(&self, link: Option<ParentLink>) -> Result<bool> {
+        self.turns().await;
+        self.require_sound()?;
+        if self.identity.get().content.is_none() {
+            self.renew(None);
+            self.renewed.set(false); // Its first write has not been yet.
         }
+        self.identity.set(LayerIdentity { link, ..self.identity.get() });
+        Ok(true)
+    }
+
+    fn link_with_first_write(&self, link: ParentLink) {
+        if !self.renewed.get() {
+            self.link_to_set.set(Some(link));
+        }
+    }
+
+    async fn renew_content_id(&self, id: ContentId) -> Result<bool> {
+        self.turns().await;
+        self.require_sound()?;
+        self.renew(Some(id));
+        Ok(true)
+    }
+
+    async fn close(&self) -> Result<()> {
+        if !self.options.read_only {
+            Layer::flush(self).await?;
+            self.renewed.set(false);
+        }
+        Ok(())
     }
 }

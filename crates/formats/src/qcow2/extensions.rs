@@ -1,7 +1,7 @@
 //! Header extensions: what stands between the header's fields and the backing file's name.
 //! Specification: "Header extensions".
 
-use super::{AUTOCLEAR_HISTORY, Corruption};
+use super::{AUTOCLEAR_HISTORY, AUTOCLEAR_IDENTITY, Corruption};
 
 /// Ends the area.
 pub(super) const END: u32 = 0;
@@ -17,11 +17,13 @@ pub(super) const ENCRYPTION: u32 = 0x0537_be77;
 pub(super) const DATA_FILE: u32 = 0x4441_5441;
 /// `HWHI`: which history is kept beside the image. Ours; see `history.rs`.
 pub(super) const HISTORY: u32 = 0x4857_4849;
+/// `HWLI`: which content the image holds, and over which content of its parent. Ours; see `identity.rs`.
+pub(super) const IDENTITY: u32 = 0x4857_4c49;
 
 /// The types whose meaning is known here.
-const UNDERSTOOD: [u32; 6] = [BACKING_FORMAT, FEATURE_NAMES, BITMAPS, ENCRYPTION, DATA_FILE, HISTORY];
+const UNDERSTOOD: [u32; 7] = [BACKING_FORMAT, FEATURE_NAMES, BITMAPS, ENCRYPTION, DATA_FILE, HISTORY, IDENTITY];
 
-/// Most header extensions of an image; a bound of ours, as six types are known.
+/// Most header extensions of an image; a bound of ours, as seven types are known.
 pub(super) const MAX_EXTENSIONS: usize = 256;
 
 /// One header extension, byte by byte.
@@ -158,8 +160,8 @@ pub enum FeatureSet {
 /// Bytes of one entry of the feature name table.
 const NAME_ENTRY: usize = 48;
 
-/// The bits that the format defines today, whose names are what QEMU prints, and the one that is ours.
-const KNOWN: [(FeatureSet, u8, &str); 9] = [
+/// The bits that the format defines today, whose names are what QEMU prints, and the two that are ours.
+const KNOWN: [(FeatureSet, u8, &str); 10] = [
     (FeatureSet::Incompatible, 0, "dirty bit"),
     (FeatureSet::Incompatible, 1, "corrupt bit"),
     (FeatureSet::Incompatible, 2, "external data file"),
@@ -169,6 +171,7 @@ const KNOWN: [(FeatureSet, u8, &str); 9] = [
     (FeatureSet::Autoclear, 0, "bitmaps"),
     (FeatureSet::Autoclear, 1, "raw external data"),
     (FeatureSet::Autoclear, AUTOCLEAR_HISTORY.trailing_zeros() as u8, "history kept by highwater"),
+    (FeatureSet::Autoclear, AUTOCLEAR_IDENTITY.trailing_zeros() as u8, "identity kept by highwater"),
 ];
 
 /// The feature name table for a new image.

@@ -48,8 +48,11 @@ pub const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
 /// writes; the header extension of type `HWHI` says which history. Who does not know the bit clears it before writing,
 /// as the specification demands.
 pub const AUTOCLEAR_HISTORY: u64 = 1 << 42;
+/// Autoclear feature of ours, not of the specification: the id of the image's content in the header extension of type
+/// `HWLI` holds.
+pub const AUTOCLEAR_IDENTITY: u64 = 1 << 43;
 /// All autoclear features that are understood.
-pub const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA | AUTOCLEAR_HISTORY;
+pub const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA | AUTOCLEAR_HISTORY | AUTOCLEAR_IDENTITY;
 
 /// Header length of version 2.
 const V2_LENGTH: usize = 72;

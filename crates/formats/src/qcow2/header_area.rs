@@ -98,6 +98,26 @@ impl HeaderArea {
         (self.area.end + HEAD) as u64
     }
 
+    /// Whether an end mark keeps what follows from being read, so that the area may reach further.
+    pub(super) fn can_grow(&self) -> bool {
+        self.area.has_end_mark
+    }
+
+    /// Where another name of `len` bytes can stand beside the present one.
+    pub(super) fn place_for_name(&self, len: usize) -> Option<u64> {
+        // An area without an end mark ends at the present name.
+        let begin = (self.area.end + if self.area.has_end_mark { HEAD } else { 0 }).next_multiple_of(8);
+        let behind = match self.name_at {
+            0 => begin,
+            at => begin.max((at + self.name.len()).next_multiple_of(8)),
+        };
+        let before_present = self.area.has_end_mark && begin + len <= self.name_at;
+        if before_present {
+            return Some(begin as u64);
+        }
+        (self.area.has_end_mark && behind + len <= self.cluster_end).then_some(behind as u64)
+    }
+
     /// Makes room for an extension with `len` bytes of data, a multiple of 8: steps 1 and 2. The caller enters the name's
     /// new place into what it holds of the header.
     pub(super) async fn make_room(&mut self, image: &Image, len: usize) -> Result<Room> {

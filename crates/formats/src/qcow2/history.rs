@@ -6,48 +6,34 @@
 //! the extension says which history, and which moment of it. Programs that do not know the extension keep it as it is
 //! (QEMU does, and may move it within the header), and it has no meaning without the bit.
 //!
-//! | byte of the extension's data | what |
+//! How it is stored: `sector_record.rs`. The record:
+//!
+//! | byte of the record | what |
 //! |---|---|
-//! | 0–3 | version, 1 |
-//! | 4–7 | where lineage and moment stand in the data, a multiple of 8 from 8 on |
-//! | there, 16 bytes | lineage |
-//! | then, 16 bytes | moment |
+//! | 0–15 | lineage |
+//! | 16–31 | moment |
 //!
 //! What the mark does not see: QEMU (10.0) clears such bits when it opens an image for writing, but not when it opens one
 //! read-only and makes it writable later. That is what it does with a parent into which it commits (`qemu-img commit`,
 //! `block-commit`), and `blockdev-reopen` can do it with any image. Whoever relies on the mark compares the file's time of
 //! change as well.
 //!
-//! The 64 bytes leave a choice of four places for the 32 that change, of which one at least lies within a sector, wherever
-//! the extension is. A mark that is unreadable is no mark: a history must never be what keeps an image from being opened.
+//! A mark that is unreadable is no mark: a history must never be what keeps an image from being opened.
 
-use super::extensions::{self, be32};
-use super::header_area::{HeaderArea, Room, in_one_sector};
+use super::extensions;
 use super::image::Image;
+use super::sector_record::SectorRecord;
 use super::{AUTOCLEAR_HISTORY, Header};
-use disk::{Buf, HistoryMark, Result};
+use disk::{HistoryMark, Result};
 
-/// Bytes of the extension's data as it is made here.
-const LEN: usize = 64;
 /// Bytes of lineage and moment.
 const MARK: usize = 32;
-/// Bytes before the first place of the mark.
-const FRONT: usize = 8;
-/// The version of the extension's data.
-const VERSION: u32 = 1;
 
-/// Where lineage and moment stand in the extension's data; `None` when that is not readable.
-fn place_of(data: &[u8]) -> Option<usize> {
-    if data.len() < FRONT + MARK || be32(data, 0) != VERSION {
-        return None;
-    }
-    let at = be32(data, 4) as usize;
-    (at >= FRONT && at.is_multiple_of(8) && at <= data.len() - MARK).then_some(at)
-}
+const HISTORY: SectorRecord = SectorRecord { kind: extensions::HISTORY, len: 64, record: MARK, bit: AUTOCLEAR_HISTORY };
 
-fn parse(data: &[u8]) -> Option<HistoryMark> {
-    let (lineage, moment) = data[place_of(data)?..].split_at(16);
-    Some(HistoryMark { lineage: lineage.try_into().ok()?, moment: moment[..16].try_into().ok()? })
+fn parse(record: &[u8]) -> Option<HistoryMark> {
+    let (lineage, moment) = record.split_at(16);
+    Some(HistoryMark { lineage: lineage.try_into().ok()?, moment: moment.try_into().ok()? })
 }
 
 fn bytes_of(mark: HistoryMark) -> [u8; MARK] {
@@ -57,17 +43,6 @@ fn bytes_of(mark: HistoryMark) -> [u8; MARK] {
     bytes
 }
 
-/// The extension's data of `len` bytes (40 at least), when it stands at `data_at`.
-fn encode(mark: HistoryMark, data_at: u64, len: usize) -> Vec<u8> {
-    let places = (FRONT..=len - MARK).step_by(8);
-    let place = places.into_iter().find(|place| in_one_sector(data_at + *place as u64, MARK)).unwrap_or(FRONT);
-    let mut data = vec![0; len];
-    data[..4].copy_from_slice(&VERSION.to_be_bytes());
-    data[4..8].copy_from_slice(&(place as u32).to_be_bytes());
-    data[place..place + MARK].copy_from_slice(&bytes_of(mark));
-    data
-}
-
 impl Header {
     /// The mark of the history that is kept beside the image; `None` when there is none, or somebody has written to
     /// the image who does not know of it.
@@ -75,18 +50,7 @@ impl Header {
         if self.autoclear & AUTOCLEAR_HISTORY == 0 {
             return None;
         }
-        parse(&self.unknown_extensions.iter().find(|e| e.kind == extensions::HISTORY)?.data)
-    }
-
-    /// Enters what the extension's data has become.
-    fn set_history_data(&mut self, data: Vec<u8>) {
-        match self.unknown_extensions.iter_mut().find(|e| e.kind == extensions::HISTORY) {
-            Some(extension) => extension.data = data,
-            None => {
-                self.order.push(extensions::HISTORY);
-                self.unknown_extensions.push(extensions::Extension { kind: extensions::HISTORY, data });
-            }
-        }
+        parse(self.record(&HISTORY)?)
     }
 }
 
@@ -115,7 +79,7 @@ impl Image {
         if self.header.borrow().version < 3 {
             return Ok(false);
         }
-        let put = self.put_mark(mark).await;
+        let put = self.put_record(&HISTORY, &bytes_of(mark)).await;
         let put = self.poison_on_error(put)?;
         if put {
             let set = self.change_features(|header| header.autoclear |= AUTOCLEAR_HISTORY).await;
@@ -124,49 +88,6 @@ impl Image {
         }
         Ok(put)
     }
-
-    /// Has the extension hold the mark. If the bit is set afterwards, it was set before and the mark was changed in one
-    /// step.
-    async fn put_mark(&self, mark: HistoryMark) -> Result<bool> {
-        if self.header.borrow().history_mark() == Some(mark) {
-            return Ok(true);
-        }
-        let header = self.header();
-        let mut area = HeaderArea::read(&self.storage, &header).await?;
-        let (data_at, data) = match area.find(extensions::HISTORY) {
-            Some((data_at, extension)) => (data_at, Some(extension.data.clone())),
-            None => (area.data_at(), None),
-        };
-        let Some(mut data) = data else {
-            self.change_features(|header| header.autoclear &= !AUTOCLEAR_HISTORY).await?;
-            match area.make_room(self, LEN).await? {
-                Room::No => return Ok(false),
-                Room::Here => {}
-                Room::NameMoved(to) => self.header.borrow_mut().backing_offset = to,
-            }
-            let data = encode(mark, data_at, LEN);
-            area.append(self, extensions::HISTORY, &data).await?;
-            self.header.borrow_mut().set_history_data(data);
-            return Ok(true);
-        };
-        if let Some(place) = place_of(&data).filter(|place| in_one_sector(data_at + *place as u64, MARK)) {
-            // Crash: one sector, so the old mark or the new one.
-            let bytes = bytes_of(mark);
-            data[place..place + MARK].copy_from_slice(&bytes);
-            self.storage.write(data_at + place as u64, Buf::copy_of(&bytes)).await?;
-        } else if data.len() >= FRONT + MARK {
-            // Another program has moved it across a sector's end, or another version made it.
-            self.change_features(|header| header.autoclear &= !AUTOCLEAR_HISTORY).await?;
-            data = encode(mark, data_at, data.len());
-            // Crash: without the bit this has no meaning.
-            self.storage.write(data_at, Buf::copy_of(&data)).await?;
-        } else {
-            return Ok(false);
-        }
-        self.sync_header().await?;
-        self.header.borrow_mut().set_history_data(data);
-        Ok(true)
-    }
 }
 
 #[cfg(test)]
@@ -174,25 +95,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_lies_in_one_sector_wherever_the_extension_is() {
+    fn a_mark_is_written_and_read() {
         let mark = HistoryMark { lineage: [3; 16], moment: [4; 16] };
-        for data_at in (0..1024).step_by(8) {
-            let data = encode(mark, data_at, LEN);
-            assert_eq!((data.len(), parse(&data)), (LEN, Some(mark)));
-            assert!(in_one_sector(data_at + place_of(&data).expect("readable") as u64, MARK), "{data_at}");
-        }
-        assert_eq!(parse(&encode(mark, 500, FRONT + MARK)), Some(mark), "no choice, but readable");
-    }
-
-    #[test]
-    fn what_is_unreadable_is_no_mark() {
-        let mark = HistoryMark { lineage: [3; 16], moment: [4; 16] };
-        let good = encode(mark, 0, LEN);
-        for (at, byte) in [(3, 2), (7, 0), (7, 12), (7, 40), (4, 1)] {
-            let mut bad = good.clone();
-            bad[at] = byte;
-            assert_eq!(parse(&bad), None, "byte {at}");
-        }
-        assert!((0..40).all(|len| parse(&good[..len]).is_none()));
+        assert_eq!(parse(&bytes_of(mark)), Some(mark));
+        assert_eq!(bytes_of(mark)[..16], [3; 16]);
     }
 }

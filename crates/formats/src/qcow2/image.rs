@@ -11,8 +11,9 @@ use super::workers::Workers;
 use super::write::PendingWrite;
 use super::{BackingRef, Header, Invalidate, SnapshotTable, encoded, flush, header};
 use disk::{
-    Below, Buf, ByteRange, DiskError, ErrorKind, HistoryMark, Layer, LayerExtent, LayerGeometry, Operation,
-    Preallocation, Result, StorageHandle, StorageId, TicketId, WritePlan, ZeroMode,
+    Below, Buf, ByteRange, ContentId, DiskError, ErrorKind, HistoryMark, Layer, LayerExtent, LayerGeometry,
+    LayerIdentity, Operation, ParentLink, Preallocation, Result, StorageHandle, StorageId, TicketId, WritePlan,
+    ZeroMode,
 };
 use event_listener::Event;
 use std::cell::{Cell, RefCell};
@@ -87,6 +88,10 @@ pub struct Image {
     pub(super) features: async_lock::Mutex<()>,
     /// Whoever opened the image keeps a history of it and knows of every write.
     pub(super) tracked: Cell<bool>,
+    /// The content's id was given ahead of the first write.
+    pub(super) renewed: Cell<bool>,
+    /// Goes into the image with the first write.
+    pub(super) link_to_set: Cell<Option<ParentLink>>,
     /// The disk shows an internal snapshot.
     is_snapshot: bool,
     pub(super) packing: Cell<encoded::Packing>,
@@ -217,6 +222,8 @@ impl Image {
             begin_writing: async_lock::Mutex::new(()),
             features: async_lock::Mutex::new(()),
             tracked: Cell::new(false),
+            renewed: Cell::new(false),
+            link_to_set: Cell::default(),
             is_snapshot: options.snapshot.is_some(),
             packing: Cell::default(),
             packing_one: async_lock::Mutex::new(()),
@@ -629,6 +636,28 @@ impl Layer for Image {
 
     async fn set_history_mark(&self, mark: Option<HistoryMark>) -> Result<bool> {
         self.mark_history(mark).await.map_err(|e| e.on(self.storage.name()))
+    }
+
+    fn identity(&self) -> LayerIdentity {
+        let identity = self.header.borrow().identity();
+        // The id names the disk as it is, not what it was; the parent is the same.
+        if self.is_snapshot { LayerIdentity { link: identity.link, ..LayerIdentity::default() } } else { identity }
+    }
+
+    async fn set_parent_link(&self, link: Option<ParentLink>) -> Result<bool> {
+        let put = self.put_identity(|identity| identity.link = link).await;
+        put.inspect(|_| self.link_to_set.set(None)).map_err(|e| e.on(self.storage.name()))
+    }
+
+    fn link_with_first_write(&self, link: ParentLink) {
+        if !self.writing.get() {
+            self.link_to_set.set(Some(link));
+        }
+    }
+
+    async fn renew_content_id(&self, id: ContentId) -> Result<bool> {
+        let put = self.put_identity(|identity| identity.content = Some(id)).await;
+        put.inspect(|put| self.renewed.set(*put)).map_err(|e| e.on(self.storage.name()))
     }
 
     async fn close(&self) -> Result<()> {

@@ -14,17 +14,24 @@ impl Image {
     /// * Bitmaps of QEMU's are marked as not to be trusted, since nobody keeps them from here on.
     /// * Autoclear bits that are unknown here are cleared, as the specification demands; and that of a history, unless
     ///   whoever opened the image keeps it on.
+    /// * The content gets another id (`identity.rs`), and the image the link that waits for this.
     /// * With lazy reference counts the dirty bit is set.
     ///
     /// Crash: the header's features are in one sector and durable before the write that they announce. Bitmaps
     /// are marked before that; marked bitmaps of an image that nobody wrote to are merely not used.
     pub(super) async fn announce_writing(&self) -> Result<()> {
         self.invalidate_bitmaps(Invalidate::Recording).await?;
+        // An id of another version's, which cannot be changed, is given up like that of a program that is unknown.
+        let identified = self.announce_identity().await?;
         let lazy = self.has_lazy_refcounts();
         self.change_features(|header| {
             header.autoclear &= header::AUTOCLEAR_KNOWN;
             if !self.tracked.get() {
                 header.autoclear &= !header::AUTOCLEAR_HISTORY;
+            }
+            match identified {
+                true => header.autoclear |= header::AUTOCLEAR_IDENTITY,
+                false => header.autoclear &= !header::AUTOCLEAR_IDENTITY,
             }
             if lazy {
                 header.incompatible |= header::INCOMPATIBLE_DIRTY;
@@ -132,6 +139,7 @@ impl Image {
         }
         // Whoever writes again must announce it again.
         self.writing.set(false);
+        self.renewed.set(false);
         Ok(())
     }
 }

@@ -3,7 +3,8 @@
 use super::{LayerDisk, Workload, disk, workload};
 use crate::{ModelDisk, SparseBytes};
 use disk::{
-    Below, Buf, ByteRange, DiskHandle, HistoryMark, LayerHandle, Presence, StorageHandle, WriteFlags, ZeroMode,
+    Below, Buf, ByteRange, ContentId, DiskHandle, HistoryMark, LayerHandle, ParentLink, Presence, StorageHandle,
+    WriteFlags, ZeroMode,
 };
 use futures_util::future::join;
 use std::future::Future;
@@ -35,6 +36,7 @@ pub async fn layer<F: Future<Output = LayerHandle>>(make: impl Fn(u64) -> F, cap
     aborted(make(SIZE).await).await;
     stable(make(SIZE).await).await;
     marked(make(SIZE).await).await;
+    identified(make(SIZE).await).await;
     if caps.parent {
         for seed in 0..6 {
             over_parent(make(SIZE).await, seed).await;
@@ -61,6 +63,51 @@ async fn marked(layer: LayerHandle) {
     assert_eq!(d.read(5000, Buf::new(9000)).await.expect("read")[..], [7; 9000]);
     assert_eq!(layer.set_history_mark(None).await.expect("taken out"), bears);
     assert_eq!(layer.history_mark(), None);
+    d.close().await.expect("close");
+}
+
+/// The content's id changes with the first write of an opening, before it and no more; the link is what was set last.
+async fn identified(layer: LayerHandle) {
+    assert_eq!(layer.identity().lapsed, None, "nobody else has opened it");
+    let link = |n: u8| ParentLink {
+        parent: (n > 1).then(|| ContentId::from_bytes([n; 16]).expect("an id")),
+        second: ContentId::from_bytes([n / 2; 16]),
+        size: u64::from(n) << 30,
+        modified: i64::from(n) - 2,
+        linked: u64::from(n),
+    };
+    let bears = layer.set_parent_link(Some(link(1))).await.expect("set");
+    assert_eq!(layer.parent_link(), bears.then_some(link(1)));
+    let first = layer.content_id();
+    assert_eq!(first.is_some(), bears, "who bears a link bears an id");
+    assert_eq!(layer.set_parent_link(Some(link(2))).await.expect("set"), bears);
+    assert_eq!((layer.parent_link(), layer.content_id()), (bears.then_some(link(2)), first), "a link is no content");
+    layer.link_with_first_write(link(3));
+    assert_eq!(layer.parent_link(), bears.then_some(link(2)), "nothing before the first write");
+    let d = DiskHandle::new(LayerDisk::new(layer.clone(), None));
+    d.write(5000, Buf::copy_of(&[7; 9000]), WriteFlags::default()).await.expect("write");
+    let second = layer.content_id();
+    assert_eq!((second.is_some(), second == first), (bears, !bears), "other content, another id");
+    assert_eq!(layer.parent_link(), bears.then_some(link(3)));
+    if let (Some(first), Some(second)) = (first, second) {
+        assert!(first.same_image(second));
+    }
+    d.write(50000, Buf::copy_of(&[7; 9000]), WriteFlags::default()).await.expect("write");
+    d.flush().await.expect("flush");
+    assert_eq!(layer.content_id(), second, "once in an opening");
+    layer.close().await.expect("close");
+    assert_eq!(layer.content_id(), second);
+    layer.write_zeroes(ByteRange::new(0, 65536), Below::Zeroes, ZeroMode::default()).await.expect("zeroes");
+    let third = layer.content_id();
+    assert!(bears == (third != second), "what is written after a close is announced again");
+    layer.close().await.expect("close");
+    let given = ContentId::from_bytes([0xcc; 16]).expect("an id");
+    assert_eq!(layer.renew_content_id(given).await.expect("given"), bears);
+    assert_eq!(layer.content_id(), bears.then_some(given));
+    d.write(5000, Buf::copy_of(&[9; 512]), WriteFlags::default()).await.expect("write");
+    assert_eq!(layer.content_id(), bears.then_some(given), "the first write leaves what was given ahead of it");
+    assert_eq!(layer.set_parent_link(None).await.expect("taken out"), bears);
+    assert_eq!((layer.parent_link(), layer.content_id()), (None, bears.then_some(given)));
     d.close().await.expect("close");
 }
 

@@ -17,8 +17,8 @@ use super::report::{CheckReport, Progress};
 use super::walk::WalkMode;
 use super::{RepairMode, examine, rebuild::rebuild};
 use crate::qcow2::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_HISTORY, BitmapDirectory, Header, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY,
-    SnapshotTable, refcount_bits,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_HISTORY, AUTOCLEAR_IDENTITY, BitmapDirectory, Header, INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY, SnapshotTable, refcount_bits,
 };
 use disk::{Buf, ErrorKind, Result, StorageHandle};
 use std::rc::Rc;
@@ -49,10 +49,12 @@ pub(super) async fn repair(
         let look = Analysis::run(storage, data_file, &header, WalkMode::Look, progress).await?;
         let mends_mapping = look.walk.mends_mapping;
         let mend = WalkMode::Mend(Rc::new(look.walk.shared));
-        if mends_mapping && header.autoclear & AUTOCLEAR_HISTORY != 0 {
-            // Which of the guest's bytes change is not recorded, so a history kept beside the image ends here.
+        let ours = AUTOCLEAR_HISTORY | AUTOCLEAR_IDENTITY;
+        if mends_mapping && header.autoclear & ours != 0 {
+            // Which of the guest's bytes change is not recorded, so a history kept beside the image ends here, and so does
+            // the id of what it held.
             // Crash: one sector, durable before the first entry changes.
-            header.autoclear &= !AUTOCLEAR_HISTORY;
+            header.autoclear &= !ours;
             header.write(storage).await?;
             storage.sync().await?;
         }

@@ -1,5 +1,6 @@
 //! The chain itself, and its face as a disk.
 
+use crate::background::Background;
 use crate::requests::Requests;
 use crate::stack::Stack;
 use disk::{
@@ -35,6 +36,7 @@ pub struct LayerInfo {
 pub struct Chain {
     layers: RefCell<Rc<[LayerInfo]>>,
     pub(crate) requests: Requests,
+    pub(crate) background: RefCell<Option<Background>>,
     preferred_alignment: Cell<u32>,
 }
 
@@ -49,6 +51,7 @@ impl Chain {
             preferred_alignment: Cell::new(preferred_alignment(&layers)),
             layers: RefCell::new(layers.into()),
             requests: Requests::default(),
+            background: RefCell::default(),
         }
     }
 
@@ -100,6 +103,9 @@ impl Disk for Chain {
 
     async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
         let _request = self.requests.enter(Operation::Write).await?;
+        if let Some(job) = self.background() {
+            return Box::pin(self.write_beside(job, offset, buf, flags)).await;
+        }
         let layers = self.layers();
         let stack = Stack::new(&layers);
         stack.write_top(offset, buf).await?;
@@ -108,6 +114,9 @@ impl Disk for Chain {
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
         let _request = self.requests.enter(Operation::WriteZeroes).await?;
+        if let Some(job) = self.background() {
+            return Box::pin(self.zero_beside(job, range, mode, flags)).await;
+        }
         let layers = self.layers();
         let stack = Stack::new(&layers);
         stack.zero_top(range, mode).await?;
@@ -116,6 +125,9 @@ impl Disk for Chain {
 
     async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
         let _request = self.requests.enter(Operation::Discard).await?;
+        if let Some(job) = self.background() {
+            return Box::pin(self.discard_beside(job, range, flags)).await;
+        }
         let layers = self.layers();
         let stack = Stack::new(&layers);
         stack.discard_top(range).await?;
@@ -141,6 +153,8 @@ impl Disk for Chain {
         // A change of size or of layers may be under way that no connection waits for; whoever comes later is refused.
         let _exclusive = self.requests.exclude().await;
         self.requests.close();
+        // What it has brought about so far is in the layers, or at its target, which is the job's to close.
+        self.background.replace(None);
         // All are closed, also when one fails: the first failure is what the caller gets to know.
         let mut result = Ok(());
         for layer in self.layers().iter() {

@@ -7,8 +7,14 @@
 //! Invariant: a guest writes to the top layer alone. Nothing here knows a format's insides, and nothing
 //! guesses a format from an image's bytes.
 
+mod background;
 mod chain;
+mod copy_pass;
+mod coverage;
+mod infill;
+mod locks;
 mod map;
+mod mirror;
 mod open;
 mod parent_name;
 mod read;
@@ -21,5 +27,8 @@ mod write;
 mod zero;
 
 pub use chain::{Chain, LayerInfo};
+pub use copy_pass::{Control, CopyPass, CopyStats};
+pub use infill::Infill;
+pub use mirror::Mirror;
 pub use open::{Access, MAX_DEPTH, OpenGate, Reference, ReferenceKind, open};
 pub use spec::{ParentSpec, StackSpec};

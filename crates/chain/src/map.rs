@@ -1,7 +1,8 @@
 //! Where the guest's bytes come from, over all layers.
 
-use crate::stack::Stack;
-use disk::{ByteRange, DiskExtent, ExtentSource, LocalFuture, Presence, Result};
+use crate::stack::{Held, Stack};
+use disk::{ByteRange, DiskExtent, ExtentSource, LayerExtent, LayerHandle, LocalFuture, Presence, Result};
+use std::ops::Range;
 
 /// Answers that are put together into one at most, so that a question stays short.
 const MERGED_MAX: usize = 256;
@@ -30,13 +31,11 @@ impl<'a> Stack<'a> {
             let nothing =
                 DiskExtent { range, allocated: false, zero: true, compressed: false, depth: None, source: None };
             let Some(layer) = self.layer(depth) else { return Ok(nothing) };
-            let geometry = layer.geometry();
-            let inside = range.intersect(ByteRange::new(0, geometry.size));
+            let inside = range.intersect(ByteRange::new(0, layer.geometry().size));
             if inside.is_empty() {
                 return Ok(nothing);
             }
-            let _guard = layer.guard();
-            let extent = layer.map(inside).await?;
+            let (extent, hole) = look(layer, inside).await?;
             let here = DiskExtent { range: extent.range, depth: Some(depth as u32), ..nothing };
             Ok(match extent.presence {
                 Presence::Absent => self.map_layers(depth + 1, extent.range).await?,
@@ -44,26 +43,67 @@ impl<'a> Stack<'a> {
                 Presence::Encoded { .. } => DiskExtent { allocated: true, zero: false, compressed: true, ..here },
                 Presence::Data { storage, offset } => {
                     let source = Some(ExtentSource { storage, offset });
-                    let data = DiskExtent { allocated: true, zero: false, source, ..here };
-                    if !geometry.storage_holes {
-                        return Ok(data);
-                    }
-                    let storage = layer.storage(storage);
-                    let stored = ByteRange::new(offset, extent.range.len());
-                    let held = stored.intersect(ByteRange::new(0, storage.size()));
-                    if held.is_empty() {
-                        return Ok(DiskExtent { allocated: false, zero: true, ..data });
-                    }
-                    let found = storage.extent(held).await?;
-                    let range = extent.range.prefix(found.range.len());
-                    match found.hole {
-                        true => DiskExtent { range, allocated: false, zero: true, ..data },
-                        false => DiskExtent { range, ..data },
-                    }
+                    DiskExtent { allocated: !hole, zero: hole, source, ..here }
                 }
             })
         })
     }
+
+    /// What some of the layers hold of the beginning of the range, whatever is above and below them. What lies behind the
+    /// end of one of them is zero for those above it.
+    pub(crate) async fn held(self, layers: Range<usize>, range: ByteRange) -> Result<(ByteRange, Held)> {
+        let mut range = range;
+        for layer in layers.filter_map(|depth| self.layer(depth)) {
+            let inside = range.intersect(ByteRange::new(0, layer.geometry().size));
+            if inside.is_empty() {
+                return Ok((range, Held::Zero));
+            }
+            let (extent, hole) = look(layer, inside).await?;
+            range = extent.range;
+            match extent.presence {
+                Presence::Absent => {}
+                Presence::Data { .. } if hole => return Ok((range, Held::Zero)),
+                Presence::Zero { .. } => return Ok((range, Held::Zero)),
+                Presence::Data { .. } | Presence::Encoded { .. } => return Ok((range, Held::Data)),
+            }
+        }
+        Ok((range, Held::Absent))
+    }
+
+    /// The range in runs of zeroes (`true`) and of bytes that may be anything.
+    pub(crate) async fn runs(self, range: ByteRange) -> Result<Vec<(ByteRange, bool)>> {
+        let mut runs: Vec<(ByteRange, bool)> = Vec::new();
+        let mut rest = range;
+        while !rest.is_empty() {
+            let extent = self.map_merged(rest).await?;
+            match runs.last_mut() {
+                Some((run, zero)) if *zero == extent.zero => {
+                    *run = ByteRange::between(run.offset(), extent.range.end());
+                }
+                _ => runs.push((extent.range, extent.zero)),
+            }
+            rest = rest.skip(extent.range.len());
+        }
+        Ok(runs)
+    }
+}
+
+/// The first extent of one layer, and of data whether the storage says that it is a hole.
+async fn look(layer: &LayerHandle, range: ByteRange) -> Result<(LayerExtent, bool)> {
+    let _guard = layer.guard();
+    let extent = layer.map(range).await?;
+    let Presence::Data { storage, offset } = extent.presence else { return Ok((extent, false)) };
+    if !layer.geometry().storage_holes {
+        return Ok((extent, false));
+    }
+    let storage = layer.storage(storage);
+    let stored = ByteRange::new(offset, extent.range.len());
+    let held = stored.intersect(ByteRange::new(0, storage.size()));
+    if held.is_empty() {
+        return Ok((extent, true));
+    }
+    let found = storage.extent(held).await?;
+    Ok((LayerExtent { range: extent.range.prefix(found.range.len()), ..extent }, found.hole))
 }
 
 /// Whether `next` goes on where `run` ends, in the same state and place.

@@ -1,6 +1,7 @@
 //! Changing the size.
 
 use crate::Chain;
+use crate::background::Background;
 use crate::stack::Stack;
 use disk::{ByteRange, DiskError, ErrorKind, Operation, Preallocation, Result, ZeroMode};
 
@@ -18,17 +19,30 @@ impl Chain {
             return Err(DiskError::new(ErrorKind::Closed, Operation::Resize));
         }
         let layers = self.layers();
-        let stack = Stack::new(&layers);
-        let top = stack.top();
+        let done = self.stack(&layers).change_size(size, preallocation).await;
+        // The job beside the guest gets to know what became of it, also after a failure.
+        let size = layers[0].handle.geometry().size;
+        match self.background() {
+            Some(Background::Mirror(mirror)) => mirror.follow_size(size).await,
+            Some(Background::Infill(infill)) => infill.follow_size(size),
+            None => {}
+        }
+        done
+    }
+}
+
+impl Stack<'_> {
+    async fn change_size(self, size: u64, preallocation: Preallocation) -> Result<()> {
+        let top = self.top();
         let geometry = top.geometry();
         let old = geometry.size;
-        let parent = stack.layer(1).map_or(0, |layer| layer.geometry().size);
+        let parent = self.layer(1).map_or(0, |layer| layer.geometry().size);
         let rest_of_block = old.checked_next_multiple_of(geometry.block).unwrap_or(old);
         let exposed = ByteRange::between(old, size.min(parent.max(rest_of_block)));
         if exposed.is_empty() {
             return top.resize(size, preallocation).await;
         }
-        let done = match stack.hide(size, exposed).await {
+        let done = match self.hide(size, exposed).await {
             Ok(()) => top.resize(size, preallocation).await,
             Err(error) => Err(error),
         };
@@ -39,9 +53,7 @@ impl Chain {
         }
         done
     }
-}
 
-impl Stack<'_> {
     /// Shows the new size, and puts zeroes over what must not be seen.
     async fn hide(self, size: u64, exposed: ByteRange) -> Result<()> {
         self.top().extend(size).await?;

@@ -8,12 +8,35 @@ use disk::{Below, ByteRange, LayerHandle, Presence};
 #[derive(Clone, Copy)]
 pub(crate) struct Stack<'a> {
     layers: &'a [LayerInfo],
+    /// Layers from 1 up to (not including) this are about to vanish: an infill brings what they hold into the top.
+    vanishing_end: usize,
+}
+
+/// What some layers hold of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Held {
+    /// Nothing.
+    Absent,
+    /// Zeroes.
+    Zero,
+    /// Bytes, stored in whatever form.
+    Data,
 }
 
 impl<'a> Stack<'a> {
     /// Of these layers, top first, of which there is one at least.
     pub(crate) fn new(layers: &'a [LayerInfo]) -> Self {
-        Self { layers }
+        Self { layers, vanishing_end: 1 }
+    }
+
+    /// As before, but the layers from 1 up to (not including) `end` are about to vanish.
+    pub(crate) fn with_vanishing(self, end: usize) -> Self {
+        Self { vanishing_end: end, ..self }
+    }
+
+    /// The layer at `depth` and those below it; they are not written to.
+    pub(crate) fn from(self, depth: usize) -> Self {
+        Self::new(&self.layers[depth..])
     }
 
     /// The layer at `depth`, 0 for the top.
@@ -32,12 +55,15 @@ impl<'a> Stack<'a> {
     }
 
     /// What shows through at `range` where the top layer holds nothing, as far as memory alone can tell.
+    ///
+    /// "Zeroes" means to the layer that it may forget a zero: what it leaves absent must read as zero also when the
+    /// layers that are about to vanish have gone.
     pub(crate) fn below(self, range: ByteRange) -> Below {
         let unit = self.top().geometry().unit;
-        match self.is_zero_cached(1, range.align_out(unit)) {
-            true => Below::Zeroes,
-            false => Below::Parent,
-        }
+        let range = range.align_out(unit);
+        let zero = self.is_zero_cached(1, range)
+            && (self.vanishing_end == 1 || self.is_zero_cached(self.vanishing_end, range));
+        if zero { Below::Zeroes } else { Below::Parent }
     }
 
     /// Whether the range is known to read as zero in the layer at `depth` and those below it.

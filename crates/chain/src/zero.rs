@@ -59,7 +59,7 @@ impl Stack<'_> {
 }
 
 /// The whole units of the range; the disk's last one counts as whole when the range reaches its end.
-fn whole_units(layer: &LayerHandle, range: ByteRange) -> ByteRange {
+pub(crate) fn whole_units(layer: &LayerHandle, range: ByteRange) -> ByteRange {
     let geometry = layer.geometry();
     let inner = range.align_in(geometry.unit);
     if range.end() != geometry.size || range.end().is_multiple_of(geometry.unit) {

@@ -66,6 +66,9 @@ impl CopyStats {
 }
 
 /// How much is under way at a time: `chunk * at_once` bytes of memory at most.
+///
+/// A pass is stopped by its [`Control`]. Its future is polled to the end: dropped half-way, it would leave writes on their
+/// way to the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CopyPass {
     /// Bytes of a chunk: a power of two from 4 KiB on. A guest's write to a chunk under copy waits until it is copied.
@@ -197,7 +200,9 @@ pub(crate) async fn drive<W: Work, C: Control>(
             Ok(Some(piece)) => running.push(work.carry_out(piece.range)),
             Ok(None) => {
                 while let Some(done) = running.next().await {
-                    failure = account(done).err().or(failure);
+                    // The first one tells why; what follows may be its consequence.
+                    let failed = account(done).err();
+                    failure = failure.or(failed);
                 }
                 if failure.is_none() && work.is_done() {
                     return Ok(total);
@@ -281,15 +286,19 @@ struct CommitWork<'a> {
 }
 
 impl CommitWork<'_> {
-    /// How many bytes of the range are data.
-    async fn data_in(&self, range: ByteRange) -> Result<u64> {
-        let (mut rest, mut bytes) = (range, 0);
+    /// The range in runs that are held in one way.
+    async fn runs(&self, range: ByteRange) -> Result<Vec<(ByteRange, Held)>> {
+        let mut runs: Vec<(ByteRange, Held)> = Vec::new();
+        let mut rest = range;
         while !rest.is_empty() {
             let (found, held) = self.stack.held(0..self.held, rest).await?;
-            bytes += if held == Held::Data { found.len() } else { 0 };
+            match runs.last_mut() {
+                Some((run, how)) if *how == held => *run = ByteRange::between(run.offset(), found.end()),
+                _ => runs.push((found, held)),
+            }
             rest = rest.skip(found.len());
         }
-        Ok(bytes)
+        Ok(runs)
     }
 }
 
@@ -309,7 +318,11 @@ impl Work for CommitWork<'_> {
             }
             let zeroes = if held == Held::Zero { found.len() } else { 0 };
             let range = piece_of(rest, zeroes, self.chunk);
-            let bytes = if zeroes >= range.len() { 0 } else { self.data_in(range).await? };
+            let mut bytes = 0;
+            if zeroes < range.len() {
+                let runs = self.runs(range).await?;
+                bytes = runs.iter().filter(|(_, held)| *held == Held::Data).map(|(run, _)| run.len()).sum();
+            }
             self.cursor.set(range.end());
             return Ok(Some(Piece { range, bytes }));
         }
@@ -317,20 +330,17 @@ impl Work for CommitWork<'_> {
 
     async fn carry_out(&self, range: ByteRange) -> Result<CopyStats> {
         let mut stats = CopyStats::default();
-        let mut rest = range;
-        while !rest.is_empty() {
-            let (found, held) = self.stack.held(0..self.held, rest).await?;
+        for (run, held) in self.runs(range).await? {
             match held {
-                Held::Absent => stats.skipped += found.len(),
-                Held::Zero => stats.add(zero_in(self.target, found).await?),
+                Held::Absent => stats.skipped += run.len(),
+                Held::Zero => stats.add(zero_in(self.target, run).await?),
                 Held::Data => {
-                    let buf = self.stack.read_layers(0, found.offset(), Buf::new(found.len() as usize)).await?;
-                    write_to(self.target, found.offset(), buf).await?;
-                    stats.read += found.len();
-                    stats.written += found.len();
+                    let buf = self.stack.read_layers(0, run.offset(), Buf::new(run.len() as usize)).await?;
+                    write_to(self.target, run.offset(), buf).await?;
+                    stats.read += run.len();
+                    stats.written += run.len();
                 }
             }
-            rest = rest.skip(found.len());
         }
         self.done.borrow_mut().insert(range);
         Ok(stats)

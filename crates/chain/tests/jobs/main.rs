@@ -5,6 +5,7 @@ mod commit;
 mod crash;
 mod infill;
 mod mirror;
+mod suites;
 
 use chain::{Chain, Control, CopyPass, CopyStats, LayerInfo};
 use disk::{
@@ -72,6 +73,23 @@ impl Made {
         }
     }
 
+    /// Stores a unit in encoded form, where the format can.
+    async fn store_encoded(&self, handle: &LayerHandle, random: &mut fastrand::Rng) {
+        let geometry = handle.geometry();
+        let Some(unit) = geometry.encoded_unit else { return };
+        let at = random.u64(..geometry.size / unit + 1) * unit;
+        let range = ByteRange::between(at, (at + unit).min(geometry.size));
+        let mut bytes = vec![random.u8(1..); unit as usize];
+        bytes[range.len() as usize..].fill(0);
+        let encoded = match self {
+            Self::Memory(_) => Some(MemoryLayer::encode(&bytes[..range.len() as usize])),
+            Self::Stored(..) => qcow2::encode_cluster(qcow2::Compression::Zlib, &bytes),
+        };
+        if let (Some(encoded), false) = (encoded, range.is_empty()) {
+            handle.write_encoded(range, &encoded).await.expect("encoded bytes");
+        }
+    }
+
     fn storage(&self) -> &MemoryStorage {
         match self {
             Self::Memory(layer) => layer.memory(),
@@ -133,6 +151,9 @@ impl Setup {
             let w = Workload { seed: random.u64(..), requests, longest: 100 << 10, ..Workload::default() };
             let w = Workload { alignment: if stored { 512 } else { 1 }, flush: false, ..w };
             workload(&disk, &model, w).await.expect("fill a layer");
+            if random.bool() {
+                images[0].store_encoded(&layers[0].handle, random).await;
+            }
             disk.flush().await.expect("flush");
             visible = bytes_of(&disk).await;
         }

@@ -12,7 +12,7 @@
 //! has it.
 
 use crate::background::Background;
-use crate::copy_pass::{Piece, Work, drive, piece_of, window, write_to, zero_in};
+use crate::copy_pass::{Piece, Work, drive, piece_of, window, write_to, yield_once, zero_in};
 use crate::coverage::Coverage;
 use crate::locks::RangeLocks;
 use crate::stack::Stack;
@@ -213,24 +213,32 @@ impl Mirror {
     async fn follow(&self, stack: Stack<'_>, range: ByteRange) {
         let mut left = READ_BACK_MAX;
         for part in self.copied_in(range) {
-            let Ok(runs) = stack.runs(part).await else {
-                self.copied.borrow_mut().remove(part);
-                continue;
-            };
-            for (run, zero) in runs {
-                if zero {
-                    self.note(zero_in(&self.target, run).await.map(drop));
-                } else if run.len() <= left {
-                    left -= run.len();
-                    match stack.read_through(run.offset(), Buf::new(run.len() as usize)).await {
-                        Ok(buf) => self.note(self.mirror(run.offset(), buf).await),
-                        Err(_) => self.copied.borrow_mut().remove(run),
-                    }
-                } else {
-                    self.copied.borrow_mut().remove(run);
-                }
-                if self.has_failed() {
-                    return;
+            let mut rest = part;
+            while !rest.is_empty() && !self.has_failed() {
+                let now = window(rest);
+                self.follow_part(stack, now, &mut left).await;
+                rest = rest.skip(now.len());
+                yield_once().await;
+            }
+        }
+    }
+
+    /// As [`Mirror::follow`], of which `left` bytes more may be read back.
+    async fn follow_part(&self, stack: Stack<'_>, part: ByteRange, left: &mut u64) {
+        let Ok(runs) = stack.runs(part).await else {
+            self.copied.borrow_mut().remove(part);
+            return;
+        };
+        for (run, zero) in runs {
+            if zero {
+                self.note(zero_in(&self.target, run).await.map(drop));
+            } else if run.len() > *left {
+                self.copied.borrow_mut().remove(run);
+            } else {
+                *left -= run.len();
+                match stack.read_through(run.offset(), Buf::new(run.len() as usize)).await {
+                    Ok(buf) => self.note(self.mirror(run.offset(), buf).await),
+                    Err(_) => self.copied.borrow_mut().remove(run),
                 }
             }
         }

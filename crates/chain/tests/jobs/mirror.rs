@@ -324,6 +324,36 @@ fn every_byte_is_moved_once() {
     });
 }
 
+/// A discard that is none leaves more than a guest's request can wait for: the copier comes back to it.
+#[test]
+fn what_takes_long_is_copied_again() {
+    executor::run(1, async {
+        let mut random = fastrand::Rng::with_seed(1);
+        let size = 8 << 20;
+        // Such a layer cannot hide its parent, and leaves everything as it is.
+        let options = MemoryLayerOptions { zero_over_parent: false, ..Default::default() };
+        let [top, base, copy] = [(); 3].map(|()| Made::Memory(Rc::new(MemoryLayer::new(size, options))));
+        let base = base.open().await;
+        let bytes = vec![9; size as usize];
+        DiskHandle::new(Chain::new(vec![base.clone()])).write(0, Buf::copy_of(&bytes), NONE).await.unwrap();
+        let chain = Rc::new(Chain::new(vec![top.open().await, base]));
+        let disk = DiskHandle::from_rc(Rc::clone(&chain));
+        let info = copy.open().await;
+        let mirror = Mirror::new(DiskHandle::new(Chain::new(vec![info.clone()])), []);
+        chain.attach_mirror(&mirror).await.unwrap();
+        let pace = Pace::new(&mut random);
+        chain.copy_to_mirror(&mirror, CopyPass::default(), &pace).await.unwrap();
+        disk.discard(ByteRange::new(0, 64 << 10), NONE).await.unwrap();
+        assert_eq!((mirror.position(), mirror.mirrored()), (size, 64 << 10), "a short one is settled at once");
+        disk.discard(ByteRange::new(0, size), NONE).await.unwrap();
+        assert_eq!(mirror.position(), 0);
+        let moved = chain.copy_to_mirror(&mirror, CopyPass::default(), &pace).await.unwrap();
+        assert_eq!((moved.written, mirror.position()), (size, size));
+        chain.switch_to_mirror(&mirror, async |_| Ok::<_, DiskError>(vec![info])).await.unwrap();
+        assert_equal(&bytes_of(&disk).await, &bytes, "the target");
+    });
+}
+
 /// A job that goes on after a restart copies only what is not known to be equal.
 #[test]
 fn a_resumed_job_copies_the_rest() {

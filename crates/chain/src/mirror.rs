@@ -27,6 +27,9 @@ use std::rc::Rc;
 /// left on the source (a discard that is no hole, a write that failed); the rest is copied again.
 const READ_BACK_MAX: u64 = 1 << 20;
 
+/// The largest block that a storage takes whole, in bytes.
+const BLOCK_MAX: u64 = disk::BUF_ALIGNMENT as u64;
+
 /// A disk that takes part in the guest's changes.
 pub struct Mirror {
     target: DiskHandle,
@@ -202,29 +205,47 @@ impl Mirror {
     /// A change has ended on both disks.
     async fn end(&self, stack: Stack<'_>, range: ByteRange, source: &Result<()>, target: Vec<Result<()>>) {
         target.into_iter().for_each(|done| self.note(done));
-        if source.is_err() {
+        match source {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::NotFast => self.follow_refusal(stack, range).await,
             // Nobody knows what it left there.
-            self.follow(stack, range).await;
+            Err(_) => self.follow(stack, range).await,
         }
     }
 
     /// Brings the target to what the source shows now in the copied parts of a range whose lock is held. What would take
     /// long, or cannot be read, is not copied any more: the copier comes back to it.
     async fn follow(&self, stack: Stack<'_>, range: ByteRange) {
-        let mut left = READ_BACK_MAX;
+        self.follow_reading(stack, range, Some(READ_BACK_MAX)).await;
+    }
+
+    /// As [`Mirror::follow`], after a zeroing that could not be done fast. Such a one has changed nothing, or has come to
+    /// its refusal half-way: what it has zeroed is known to be zero, but for the blocks that a storage takes whole, at
+    /// both ends. A guest may try this often, and over long ranges, so the rest is not looked at.
+    async fn follow_refusal(&self, stack: Stack<'_>, range: ByteRange) {
+        let whole = range.align_in(BLOCK_MAX);
+        if whole.is_empty() {
+            return self.follow(stack, range).await;
+        }
+        self.follow(stack, ByteRange::between(range.offset(), whole.offset())).await;
+        self.follow_reading(stack, whole, None).await;
+        self.follow(stack, ByteRange::between(whole.end(), range.end())).await;
+    }
+
+    /// `left`: how many bytes may be read back; `None`: none, and what is not known to be zero is as it was.
+    async fn follow_reading(&self, stack: Stack<'_>, range: ByteRange, mut left: Option<u64>) {
         for part in self.copied_in(range) {
             let mut rest = part;
             while !rest.is_empty() && !self.has_failed() {
                 let now = window(rest);
-                self.follow_part(stack, now, &mut left).await;
+                self.follow_part(stack, now, left.as_mut()).await;
                 rest = rest.skip(now.len());
                 yield_once().await;
             }
         }
     }
 
-    /// As [`Mirror::follow`], of which `left` bytes more may be read back.
-    async fn follow_part(&self, stack: Stack<'_>, part: ByteRange, left: &mut u64) {
+    async fn follow_part(&self, stack: Stack<'_>, part: ByteRange, mut left: Option<&mut u64>) {
         let Ok(runs) = stack.runs(part).await else {
             self.copied.borrow_mut().remove(part);
             return;
@@ -232,7 +253,10 @@ impl Mirror {
         for (run, zero) in runs {
             if zero {
                 self.note(zero_in(&self.target, run).await.map(drop));
-            } else if run.len() > *left {
+                continue;
+            }
+            let Some(left) = left.as_deref_mut() else { continue };
+            if run.len() > *left {
                 self.copied.borrow_mut().remove(run);
             } else {
                 *left -= run.len();

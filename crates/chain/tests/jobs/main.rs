@@ -45,11 +45,9 @@ impl Made {
     }
 
     fn raw(random: &mut fastrand::Rng, name: String, size: u64) -> Self {
-        Self::Stored(
-            Format::Raw,
-            CrashStorage::of(MemoryStorage::new(size).named(&name)).yielding(random.u64(..)),
-            name,
-        )
+        let memory = MemoryStorage::new(size).aligned([1, 512, 4096][random.usize(..3)]).named(&name);
+        memory.set_fast_zeroes(random.bool());
+        Self::Stored(Format::Raw, CrashStorage::of(memory).yielding(random.u64(..)), name)
     }
 
     fn memory(random: &mut fastrand::Rng, size: u64) -> Self {

@@ -327,6 +327,65 @@ fn every_byte_is_moved_once() {
     });
 }
 
+/// Zeroing that must be fast is refused by a raw image on a storage that writes zeroes: that moves no bytes, however often it
+/// is tried, and both disks stay equal.
+#[test]
+fn refused_zeroing_moves_nothing() {
+    executor::run(1, async {
+        let mut random = fastrand::Rng::with_seed(1);
+        let size = 8 << 20;
+        let storage = MemoryStorage::new(size).aligned(4096);
+        storage.set_fast_zeroes(false);
+        let source = Made::Stored(Format::Raw, CrashStorage::of(storage), "source".into());
+        let chain = Rc::new(Chain::new(vec![source.open().await]));
+        let disk = DiskHandle::from_rc(Rc::clone(&chain));
+        disk.write(0, Buf::copy_of(&vec![9; size as usize]), NONE).await.unwrap();
+        let copy = Made::memory(&mut random, size).open().await;
+        let mirror = Mirror::new(DiskHandle::new(Chain::new(vec![copy.clone()])), []);
+        chain.attach_mirror(&mirror).await.unwrap();
+        chain.copy_to_mirror(&mirror, CopyPass::default(), &Pace::new(&mut random)).await.unwrap();
+        let mode = ZeroMode { unmap: true, fast_only: true };
+        for _ in 0..10 {
+            // Both ends are within a block, which is zeroed before the rest is refused.
+            let refused = disk.write_zeroes(ByteRange::new(1000, size - 2000), mode, NONE).await;
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::NotFast);
+        }
+        assert_eq!(mirror.position(), size);
+        assert!(mirror.mirrored() < 100 << 10, "{} bytes", mirror.mirrored());
+        assert_equal(&shown(&[copy]).await, &bytes_of(&disk).await, "target");
+    });
+}
+
+/// A write that began before the mirror was attached is on the target as well.
+#[test]
+fn a_write_under_way_at_the_attaching() {
+    seeds::each(200, |seed| {
+        executor::run(seed, async {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let size = 64 << 10;
+            let source = Made::raw(&mut random, "source".into(), size);
+            let chain = Rc::new(Chain::new(vec![source.open().await]));
+            let disk = DiskHandle::from_rc(Rc::clone(&chain));
+            let options = MemoryLayerOptions::default();
+            let copy = Made::Memory(Rc::new(MemoryLayer::new(size, options))).open().await;
+            let mirror = Mirror::new(DiskHandle::new(Chain::new(vec![copy.clone()])), []);
+            let writes: Vec<_> = (0..4)
+                .map(|at| {
+                    let disk = disk.clone();
+                    executor::spawn(async move { disk.write(at << 14, Buf::copy_of(&[7; 16 << 10]), NONE).await })
+                })
+                .collect();
+            pause(&mut random, 12).await;
+            chain.attach_mirror(&mirror).await.unwrap();
+            chain.copy_to_mirror(&mirror, CopyPass::default(), &Pace::new(&mut random)).await.unwrap();
+            for write in writes {
+                write.await.unwrap();
+            }
+            assert_equal(&shown(&[copy]).await, &bytes_of(&disk).await, "target");
+        });
+    });
+}
+
 /// A discard that is none leaves more than a guest's request can wait for: the copier comes back to it.
 #[test]
 fn what_takes_long_is_copied_again() {

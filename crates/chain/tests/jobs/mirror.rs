@@ -363,7 +363,9 @@ fn a_write_under_way_at_the_attaching() {
         executor::run(seed, async {
             let mut random = fastrand::Rng::with_seed(seed);
             let size = 64 << 10;
-            let source = Made::raw(&mut random, "source".into(), size);
+            // Takes long, as it is planned unit by unit.
+            let options = MemoryLayerOptions { unit: 512, erratic: Some(seed), ..Default::default() };
+            let source = Made::Memory(Rc::new(MemoryLayer::new(size, options)));
             let chain = Rc::new(Chain::new(vec![source.open().await]));
             let disk = DiskHandle::from_rc(Rc::clone(&chain));
             let options = MemoryLayerOptions::default();
@@ -375,9 +377,9 @@ fn a_write_under_way_at_the_attaching() {
                     executor::spawn(async move { disk.write(at << 14, Buf::copy_of(&[7; 16 << 10]), NONE).await })
                 })
                 .collect();
-            pause(&mut random, 12).await;
+            pause(&mut random, 100).await;
             chain.attach_mirror(&mirror).await.unwrap();
-            chain.copy_to_mirror(&mirror, CopyPass::default(), &Pace::new(&mut random)).await.unwrap();
+            chain.copy_to_mirror(&mirror, some_pass(&mut random), &Pace::new(&mut random)).await.unwrap();
             for write in writes {
                 write.await.unwrap();
             }

@@ -28,6 +28,9 @@ impl Coverage {
     }
 
     pub(crate) fn remove(&mut self, range: ByteRange) {
+        if range.is_empty() {
+            return;
+        }
         while let Some((&start, &end)) = self.runs.range(..range.end()).next_back()
             && end > range.offset()
         {

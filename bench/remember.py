@@ -10,7 +10,8 @@ say of the bitmap: without a usable one the next backup copies all. Needs qemu-u
 (qemu-storage-daemon), and qcow2 for QEMU's side, as a raw image has no place for a bitmap.
 """
 
-import argparse, json, os, signal, socket, subprocess, sys, tempfile, time
+import argparse, json, os, signal, socket, subprocess, sys, tempfile
+from processes import remove_sockets, wait_for
 
 GRANULE = 64 << 10
 SIZE = 1 << 30
@@ -38,19 +39,6 @@ def output(*command, check=True):
     return result.stdout.decode()
 
 
-def wait_for(path, process, name):
-    deadline = time.time() + 20
-    while True:
-        try:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(path)
-            return
-        except OSError:
-            if process.poll() is not None or time.time() > deadline:
-                sys.exit(f"{name} did not start: {process.stderr.read().decode()}")
-            time.sleep(0.02)
-
-
 class Peer:
     """What both servers share: an image, a directory, a process."""
 
@@ -62,9 +50,7 @@ class Peer:
         output("qemu-img", "create", "-q", "-f", self.format, self.image, str(SIZE))
 
     def start(self):
-        for path in (self.sock, self.control):
-            if os.path.exists(path):
-                os.unlink(path)
+        remove_sockets(self.sock, self.control)
         self.process = subprocess.Popen(self.words(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         wait_for(self.sock, self.process, self.name)
 

@@ -10,7 +10,8 @@ highwater to the better of the peers. Every run of a writing case starts from a 
 qemu-utils and fio.
 """
 
-import argparse, json, os, signal, socket, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, statistics, subprocess, tempfile
+from processes import cpu_seconds, remove_sockets, run, size_bytes, stop, wait_for
 
 CASES = {
     # name: (fio rw, block size, depth, image)
@@ -25,47 +26,21 @@ CASES = {
     "1m-read-4": ("read", "1m", 4, "full"),
     "1m-write-4": ("write", "1m", 4, "full"),
 }
-TICK = os.sysconf("SC_CLK_TCK")
-
-
-def run(*command):
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def cpu_seconds(pid):
-    with open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
 
 
 class Server:
     def __init__(self, name, command, sock):
         self.name, self.sock = name, sock
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.time() + 20
-        while True:
-            try:
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.connect(sock)
-                return
-            except OSError:
-                if self.process.poll() is not None or time.time() > deadline:
-                    sys.exit(f"{name} did not start: {self.process.stderr.read().decode()}")
-                time.sleep(0.02)
+        wait_for(sock, self.process, name)
 
     def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process)
 
 
 def start(name, args, image, fmt, cache, directory):
     sock = os.path.join(directory, f"{name}.sock")
-    if os.path.exists(sock):
-        os.unlink(sock)
+    remove_sockets(sock)
     if name == "highwater":
         command = [args.highwater, "serve", image, "-f", fmt, "--name", "disk", "--socket", sock, "--cache", cache,
                    "--api", os.path.join(directory, "api.sock"), "--io-backend", args.io_backend]
@@ -151,10 +126,6 @@ def main():
     if args.json:
         with open(args.json, "w") as out:
             json.dump({"load": os.getloadavg(), "rounds": args.rounds, "rows": report}, out, indent=1)
-
-
-def size_bytes(text):
-    return int(text[:-1]) << {"M": 20, "G": 30}[text[-1]]
 
 
 if __name__ == "__main__":

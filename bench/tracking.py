@@ -15,7 +15,8 @@ of them costs is told, too. `memory` writes to 100,000 random places of a sparse
 `changes` asks over the API what changed on a disk of 1 TiB. Needs qemu-utils, fio and python3-libnbd.
 """
 
-import argparse, http.client, json, os, random, re, signal, socket, statistics, subprocess, sys, tempfile, time
+import argparse, http.client, json, os, random, re, socket, statistics, subprocess, sys, tempfile, time
+from processes import cpu_seconds, remove_sockets, run, size_bytes, stop, wait_for
 
 CASES = {
     # name: (format, cache mode, depth, bytes of the working set, cold)
@@ -33,26 +34,11 @@ EPOCHS = {
     for cache in ("writeback", "none")
     for depth in (1, 32)
 }
-TICK = os.sysconf("SC_CLK_TCK")
-
-
-def run(*command):
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def cpu_seconds(pid):
-    with open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
 
 
 def memory_bytes(pid, field="VmRSS"):
     with open(f"/proc/{pid}/status") as status:
         return int(re.search(rf"{field}:\s+(\d+) kB", status.read()).group(1)) << 10
-
-
-def size_bytes(text):
-    return int(text[:-1]) << {"M": 20, "G": 30, "T": 40}[text[-1]]
 
 
 class Server:
@@ -61,27 +47,14 @@ class Server:
     def __init__(self, args, image, fmt, directory, history, *more):
         self.history = history
         self.sock, self.api = (os.path.join(directory, name) for name in ("nbd.sock", "api.sock"))
-        for path in (self.sock, self.api):
-            if os.path.exists(path):
-                os.unlink(path)
+        remove_sockets(self.sock, self.api)
         command = [args.highwater, "serve", image, "-f", fmt, "--name", "disk", "--socket", self.sock, "--api", self.api,
                    "--history", history, *more]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.time() + 60
-        while not (os.path.exists(self.sock) and self.answers()):
-            if self.process.poll() is not None or time.time() > deadline:
-                sys.exit(f"highwater did not start: {self.process.stderr.read().decode()}")
-            time.sleep(0.02)
+        for path in (self.sock, self.api):
+            wait_for(path, self.process, "highwater", 60)
         self.disk = self.ask("GET", "/v1/disks")["disks"][0]["spec"]["name"]
         self.pid, self.uri = self.process.pid, f"nbd+unix:///disk?socket={self.sock}"
-
-    def answers(self):
-        try:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(self.sock)
-            return True
-        except OSError:
-            return False
 
     def ask(self, method, path, body=None):
         connection = http.client.HTTPConnection("localhost")
@@ -100,12 +73,7 @@ class Server:
         self.ask("POST", "/v1/marks", {"disks": [self.disk], "name": name})
 
     def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process)
 
 
 def fio(sock, depth, seconds, size, seed):

@@ -233,8 +233,11 @@ impl History {
             storage.sync().await?;
         }
         // Written, not only allocated: later syncs of the journal then have no metadata to write.
-        let zeroes = Buf::zeroed((JOURNAL_BLOCKS * BLOCK) as usize);
-        storage.write(layout::JOURNAL, zeroes).await?;
+        // Block by block: what is written at once the kernel may keep as one large page, whose every later block costs it
+        // a walk through all of them.
+        for block in 0..JOURNAL_BLOCKS {
+            storage.write(layout::journal_block(block), Buf::zeroed(BLOCK as usize)).await?;
+        }
         let pages = pages_for(options.size, granule_bits);
         let groups = groups_for(pages);
         for group in 0..groups as u64 {

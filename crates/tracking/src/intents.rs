@@ -103,27 +103,27 @@ impl History {
         let mut known = self.state.borrow_mut();
         let known = &mut *known;
         let mut wait = 0;
-        let mut missing = Vec::new();
+        let next_ticket = known.tickets + 1;
+        let mut missing: Option<(u64, u64)> = None;
         let mut at = start;
         while at < end {
             let (need, until) = known.need(at, end, committed);
             match need {
                 Need::Nothing => {}
                 Need::Ticket(ticket) => wait = wait.max(ticket),
-                Need::Intent => missing.push((at, until)),
+                Need::Intent => {
+                    known.current.set_run(at, until, Run::Intended(next_ticket));
+                    known.queue.push((at, until));
+                    missing = Some((missing.map_or(at, |(first, _)| first), until));
+                }
             }
             at = until;
         }
-        if let (Some((first, _)), Some((_, last))) = (missing.first().copied(), missing.last().copied()) {
-            known.tickets += 1;
-            let ticket = known.tickets;
-            wait = ticket;
-            for (from, to) in missing {
-                known.current.set_run(from, to, Run::Intended(ticket));
-                known.queue.push((from, to));
-            }
+        if let Some((first, last)) = missing {
+            known.tickets = next_ticket;
+            wait = next_ticket;
             if streams {
-                self.declare_ahead(known, first, last, ticket);
+                self.declare_ahead(known, first, last, next_ticket);
             }
         }
         if wait > 0 {

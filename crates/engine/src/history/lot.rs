@@ -2,14 +2,15 @@
 
 use disk::ByteRange;
 use rustix::fs::{CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fstat, fstatfs, futimens, openat, unlink};
-use rustix::io::{pread, pwrite};
-use std::cell::{Cell, RefCell};
+use rustix::io::{pread, pwrite, pwritev};
+use rustix::time::{ClockId, clock_gettime};
+use std::cell::Cell;
 use std::fs;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 use tracking::ParkingLot;
 
 /// Where memory is, as a rule.
@@ -44,10 +45,8 @@ fn name(device: u64, inode: u64) -> String {
 pub(super) struct TmpfsLot {
     file: OwnedFd,
     path: PathBuf,
-    /// A slot's bytes on their way.
-    scratch: RefCell<Vec<u8>>,
     /// When the file's age was last made to say that the disk is written to.
-    signed: Cell<Option<Instant>>,
+    signed: Cell<Option<Duration>>,
 }
 
 /// A write that an earlier process had parked.
@@ -100,7 +99,7 @@ impl TmpfsLot {
         {
             return refused("belongs to somebody else");
         }
-        let lot = Self { file, path, scratch: RefCell::default(), signed: Cell::default() };
+        let lot = Self { file, path, signed: Cell::default() };
         let mut front = FRONT_MAGIC.to_vec();
         front.extend(birth.to_le_bytes());
         let mut found = vec![0; front.len()];
@@ -170,16 +169,14 @@ impl ParkingLot for TmpfsLot {
     }
 
     fn put(&self, slot: usize, offset: u64, bytes: &[u8]) -> bool {
-        let mut record = self.scratch.borrow_mut();
-        record.clear();
-        record.resize(HEAD, 0);
-        record[..4].copy_from_slice(&MAGIC.to_le_bytes());
-        record[8..16].copy_from_slice(&offset.to_le_bytes());
-        record[16..20].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
-        let sum = crc32c::crc32c_append(crc32c::crc32c(&record[8..20]), bytes);
-        record[4..8].copy_from_slice(&sum.to_le_bytes());
-        record.extend_from_slice(bytes);
-        pwrite(&self.file, &record, place(slot)).is_ok_and(|written| written == record.len())
+        let mut head = [0; HEAD];
+        head[..4].copy_from_slice(&MAGIC.to_le_bytes());
+        head[8..16].copy_from_slice(&offset.to_le_bytes());
+        head[16..20].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+        let sum = crc32c::crc32c_append(crc32c::crc32c(&head[8..20]), bytes);
+        head[4..8].copy_from_slice(&sum.to_le_bytes());
+        let record = [IoSlice::new(&head), IoSlice::new(bytes)];
+        pwritev(&self.file, &record, place(slot)).is_ok_and(|written| written == HEAD + bytes.len())
     }
 
     fn get(&self, slot: usize) -> Option<Vec<u8>> {
@@ -191,10 +188,13 @@ impl ParkingLot for TmpfsLot {
     }
 
     fn sign(&self) {
-        if self.signed.get().is_some_and(|last| last.elapsed() < SIGNS) {
+        // Asked for twice with each write, and some milliseconds more or less are all the same.
+        let now = clock_gettime(ClockId::MonotonicCoarse);
+        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+        if self.signed.get().is_some_and(|last| now.saturating_sub(last) < SIGNS) {
             return;
         }
-        self.signed.set(Some(Instant::now()));
+        self.signed.set(Some(now));
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         // Too old a lot is given up, which is told.
         let _signed = futimens(&self.file, &Timestamps { last_access: now, last_modification: now });

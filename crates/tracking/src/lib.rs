@@ -52,5 +52,5 @@ pub use host::{Boot, Host, ImageFacts, ImageMark};
 pub use id::Id;
 pub use kind::ChangeKind;
 pub use points::{Consistency, MAX_NAME, PendingRun, Point, Refusal};
-pub use tracked::{Held, NewPoint, ParkingLot, Spawn, Still, Tracked, UncommittedPoint, View};
+pub use tracked::{Held, NewPoint, ParkingLot, Pause, Spawn, Still, Tracked, UncommittedPoint, View};
 pub use trust::Distrust;

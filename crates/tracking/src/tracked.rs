@@ -8,7 +8,7 @@ mod view;
 mod zeroing;
 
 pub use mark::{Held, NewPoint, UncommittedPoint};
-pub use parking::{ParkingLot, Spawn};
+pub use parking::{ParkingLot, Pause, Spawn};
 pub use still::Still;
 pub use view::View;
 
@@ -150,11 +150,12 @@ impl<D: Disk> Disk for Tracked<D> {
     }
 
     fn read(&self, offset: u64, buf: Buf) -> impl Future<Output = Result<Buf>> {
-        if !self.parking.any() {
+        let range = ByteRange::new(offset, buf.len() as u64);
+        if !self.parking.overlaps(range) {
             return Either::Left(self.inner.read(offset, buf));
         }
         Either::Right(async move {
-            self.wait_for_parked_to_read(ByteRange::new(offset, buf.len() as u64)).await?;
+            self.wait_for_parked_to_read(range).await?;
             self.inner.read(offset, buf).await
         })
     }
@@ -162,7 +163,7 @@ impl<D: Disk> Disk for Tracked<D> {
     async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
         let range = ByteRange::new(offset, buf.len() as u64);
         let request = self.enter(range).await;
-        if self.parking.any() {
+        if self.parking.overlaps(range) {
             Box::pin(self.wait_for_parked(range)).await?;
         }
         let mut buf = buf;
@@ -213,7 +214,7 @@ impl<D: Disk> Disk for Tracked<D> {
     }
 
     fn map(&self, range: ByteRange) -> impl Future<Output = Result<DiskExtent>> {
-        if !self.parking.any() {
+        if !self.parking.overlaps(range) {
             return Either::Left(self.inner.map(range));
         }
         Either::Right(async move {

@@ -7,8 +7,13 @@ use disk::{Buf, ByteRange, Disk, DiskError, Operation, WriteFlags};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 use storage::FileStorage;
 use tracking::{HistoryError, Tracked};
+
+/// How long a parked write waits for others that share its sync. A sync takes about a tenth of that, and as much of the
+/// processor as ten parked writes.
+const COMPANY: Duration = Duration::from_millis(10);
 
 /// A disk's lot, and what was found in it.
 pub(super) struct Lot {
@@ -74,6 +79,7 @@ impl Lot {
             Rc::new(|task| {
                 dataplane::start_local(task);
             }),
+            Rc::new(|| Box::pin(dataplane::sleep(COMPANY))),
         );
     }
 

@@ -11,6 +11,9 @@
 //!
 //! What touches a parked range waits until it has left: reads, writes, zeroes, questions. A flush waits for all.
 //!
+//! A sync costs more than all else that a parked write takes, so writes wait for company: for a pause, or until many wait,
+//! or somebody waits for one of them.
+//!
 //! Kill: a record that is whole was perhaps not written to the image, or not all of it; putting it back writes the same
 //! bytes once more. A later write to the same bytes is issued only when the record is gone.
 //! Power cut: the lot is gone, and with it what no flush had made durable.
@@ -19,9 +22,12 @@ use super::Tracked;
 use crate::HistoryError;
 use disk::{Buf, ByteRange, Disk, LocalFuture, Result, WriteFlags};
 use event_listener::Event;
+use futures_util::future::select;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::Poll;
 
 /// Memory that outlives the process: slots for one write each.
 pub trait ParkingLot: 'static {
@@ -41,6 +47,12 @@ pub trait ParkingLot: 'static {
 
 /// Starts a task on the disk's thread.
 pub type Spawn = Rc<dyn Fn(LocalFuture<'static, ()>)>;
+
+/// Waits for as long as a parked write may wait for others that share its sync.
+pub type Pause = Rc<dyn Fn() -> LocalFuture<'static, ()>>;
+
+/// Parked writes that are started before others have their turn.
+const AT_A_TIME: usize = 32;
 
 /// A parked write.
 #[derive(Clone, Copy, Debug)]
@@ -66,13 +78,25 @@ pub(super) struct Parking {
     waiting: RefCell<Vec<Waiting>>,
     /// Whether a task sees to those that wait.
     attended: Cell<bool>,
-    pub(super) lot: RefCell<Option<(Rc<dyn ParkingLot>, Spawn)>>,
+    /// Somebody waits for a parked write, or many writes are parked: no waiting for more.
+    hurried: Cell<bool>,
+    hurry: Event,
+    pub(super) lot: RefCell<Option<Place>>,
     pub(super) free: RefCell<Vec<usize>>,
     /// By their offsets; they do not overlap.
     parked: RefCell<BTreeMap<u64, Parked>>,
     any: Cell<bool>,
-    any_failed: Cell<bool>,
+    /// How many could not be written.
+    failed: Cell<usize>,
     left: Event,
+}
+
+/// Where writes are parked, and who sees to them.
+#[derive(Clone)]
+pub(super) struct Place {
+    lot: Rc<dyn ParkingLot>,
+    spawn: Spawn,
+    pause: Pause,
 }
 
 impl Parking {
@@ -84,9 +108,21 @@ impl Parking {
     /// The disk is being written to, or was just now.
     pub(super) fn sign(&self) {
         if self.any()
-            && let Some((lot, _)) = &*self.lot.borrow()
+            && let Some(place) = &*self.lot.borrow()
         {
-            lot.sign();
+            place.lot.sign();
+        }
+    }
+
+    /// Whether anything parked overlaps the range.
+    pub(super) fn overlaps(&self, range: ByteRange) -> bool {
+        self.any() && self.overlapping(range).is_some()
+    }
+
+    /// What is parked is to be written now.
+    pub(super) fn hurry(&self) {
+        if self.any() && !self.hurried.replace(true) {
+            self.hurry.notify(usize::MAX);
         }
     }
 
@@ -100,20 +136,28 @@ impl Parking {
         let mut parked = self.parked.borrow_mut();
         let gone = parked.remove(&offset);
         self.any.set(!parked.is_empty());
-        self.any_failed.set(parked.values().any(|p| p.failed));
         drop(parked);
-        if let Some(Parked { slot, .. }) = gone {
+        if let Some(Parked { slot, failed, .. }) = gone {
+            self.failed.set(self.failed.get() - usize::from(failed));
             self.free.borrow_mut().push(slot);
         }
         self.left.notify(usize::MAX);
     }
+
+    fn set_failed(&self, offset: u64, failed: bool) {
+        if let Some(parked) = self.parked.borrow_mut().get_mut(&offset) {
+            let before = std::mem::replace(&mut parked.failed, failed);
+            self.failed.set(self.failed.get() + usize::from(failed) - usize::from(before));
+        }
+    }
 }
 
 impl<D: Disk> Tracked<D> {
-    /// Answers first writes to a granule early from now on.
-    pub fn park_in(&self, lot: Rc<dyn ParkingLot>, spawn: Spawn) {
+    /// Answers first writes to a granule early from now on. They wait for `pause` at most before their intents are
+    /// written.
+    pub fn park_in(&self, lot: Rc<dyn ParkingLot>, spawn: Spawn, pause: Pause) {
         *self.parking.free.borrow_mut() = (0..lot.slots()).rev().collect();
-        *self.parking.lot.borrow_mut() = Some((lot, spawn));
+        *self.parking.lot.borrow_mut() = Some(Place { lot, spawn, pause });
     }
 
     /// Writes what an earlier process had parked, and makes it durable. Before the disk is used.
@@ -135,11 +179,15 @@ impl<D: Disk> Tracked<D> {
     /// Parks a write whose intent is still to be made durable, and has it done; gives the bytes back where that is not
     /// possible. Nothing parked overlaps the range.
     pub(super) fn park(self: &Rc<Self>, range: ByteRange, key: usize, buf: Buf) -> std::result::Result<(), Buf> {
-        let Some((lot, spawn)) = self.parking.lot.borrow().clone() else { return Err(buf) };
-        if buf.len() > lot.slot_bytes() || self.parking.any_failed.get() || self.history.is_stopped() {
+        let Some(Place { lot, spawn, .. }) = self.parking.lot.borrow().clone() else { return Err(buf) };
+        if buf.len() > lot.slot_bytes() || self.parking.failed.get() > 0 || self.history.is_stopped() {
             return Err(buf);
         }
-        let Some(slot) = self.parking.free.borrow_mut().pop() else { return Err(buf) };
+        let slot = self.parking.free.borrow_mut().pop();
+        let Some(slot) = slot else {
+            self.parking.hurry(); // So that there is room soon.
+            return Err(buf);
+        };
         if !lot.put(slot, range.offset(), &buf) {
             self.parking.free.borrow_mut().push(slot);
             return Err(buf);
@@ -147,6 +195,9 @@ impl<D: Disk> Tracked<D> {
         self.parking.parked.borrow_mut().insert(range.offset(), Parked { end: range.end(), slot, failed: false });
         self.parking.any.set(true);
         self.parking.waiting.borrow_mut().push(Waiting { range, slot, key, buf });
+        if self.parking.waiting.borrow().len() * 2 >= lot.slots() {
+            self.parking.hurry();
+        }
         if !self.parking.attended.replace(true) {
             let this = Rc::clone(self);
             spawn(Box::pin(async move { this.attend().await }));
@@ -158,17 +209,23 @@ impl<D: Disk> Tracked<D> {
     /// next sync.
     async fn attend(self: Rc<Self>) {
         loop {
-            let batch = std::mem::take(&mut *self.parking.waiting.borrow_mut());
-            let lot = self.parking.lot.borrow().clone();
-            let Some((_, spawn)) = lot.filter(|_| !batch.is_empty()) else {
+            let place = self.parking.lot.borrow().clone();
+            let any = !self.parking.waiting.borrow().is_empty();
+            let Some(Place { spawn, pause, .. }) = place.filter(|_| any) else {
                 return self.parking.attended.set(false);
             };
+            self.wait_for_company(&pause).await;
+            self.parking.hurried.set(false);
+            let batch = std::mem::take(&mut *self.parking.waiting.borrow_mut());
             let ranges: Vec<ByteRange> = batch.iter().map(|write| write.range).collect();
             // A failure is found again by each write, which keeps it.
             if let Err(error) = self.history.declare_all(&ranges, true).await {
                 tracing::debug!(%error, "parked writes could not be declared");
             }
-            for Waiting { range, slot, key, buf } in batch {
+            for (n, Waiting { range, slot, key, buf }) in batch.into_iter().enumerate() {
+                if n % AT_A_TIME == AT_A_TIME - 1 {
+                    give_way().await;
+                }
                 let this = Rc::clone(&self);
                 spawn(Box::pin(async move {
                     let _request = this.owned_request(key);
@@ -179,8 +236,18 @@ impl<D: Disk> Tracked<D> {
         }
     }
 
+    /// Waits until more writes have come, if nobody is in a hurry.
+    async fn wait_for_company(&self, pause: &Pause) {
+        let hurry = self.parking.hurry.listen();
+        if !self.parking.hurried.get() {
+            select(pause(), hurry).await;
+        }
+    }
+
     async fn write_parked(&self, range: ByteRange, buf: Buf) -> Result<()> {
-        self.history.declare(range).await?;
+        if !self.history.is_marked(range) {
+            self.history.declare(range).await?;
+        }
         if self.views.any() {
             self.preserve(range).await;
         }
@@ -189,28 +256,23 @@ impl<D: Disk> Tracked<D> {
 
     /// Ends a parked write: forgets it, or notes that it could not be written.
     fn leave(&self, range: ByteRange, slot: usize, written: Result<()>) {
-        let Some((lot, _)) = self.parking.lot.borrow().clone() else { return };
-        let failed = match written {
+        let Some(Place { lot, .. }) = self.parking.lot.borrow().clone() else { return };
+        match written {
             Ok(()) if lot.clear(slot) => return self.parking.remove(range.offset()),
             Ok(()) => {
                 tracing::error!("a parked write cannot be forgotten; the disk takes no more writes to these bytes");
-                true
             }
             Err(error) => {
                 tracing::error!(%error, %range, "a write that was answered cannot be done yet; it is kept and tried again");
-                true
             }
-        };
-        if let Some(parked) = self.parking.parked.borrow_mut().get_mut(&range.offset()) {
-            parked.failed = failed;
         }
-        self.parking.any_failed.set(true);
+        self.parking.set_failed(range.offset(), true);
         self.parking.left.notify(usize::MAX);
     }
 
     /// Tries again to write what could not be written.
     async fn retry(&self, offset: u64, parked: Parked) -> Result<()> {
-        let Some((lot, _)) = self.parking.lot.borrow().clone() else { return Ok(()) };
+        let Some(Place { lot, .. }) = self.parking.lot.borrow().clone() else { return Ok(()) };
         let range = ByteRange::between(offset, parked.end);
         let Some(bytes) = lot.get(parked.slot) else {
             let reason = "the bytes of a write that was answered before are gone from the memory where they were kept";
@@ -221,9 +283,7 @@ impl<D: Disk> Tracked<D> {
         // Nobody else is to try at the same time, and a mark waits: the caller is a request itself, or holds all requests.
         let key = self.under_way.borrow_mut().insert(range);
         let _request = self.owned_request(key);
-        if let Some(entry) = self.parking.parked.borrow_mut().get_mut(&offset) {
-            entry.failed = false;
-        }
+        self.parking.set_failed(offset, false);
         let written = self.write_parked(range, Buf::copy_of(&bytes)).await;
         let told = match &written {
             Ok(()) => Ok(()),
@@ -255,6 +315,7 @@ impl<D: Disk> Tracked<D> {
                 self.retry(offset, parked).await?;
                 continue;
             }
+            self.parking.hurry();
             let left = self.parking.left.listen();
             if self.parking.overlapping(range).is_some_and(|(at, p)| at == offset && !p.failed) {
                 left.await;
@@ -275,4 +336,17 @@ impl<D: Disk> Tracked<D> {
         }
         result
     }
+}
+
+/// Lets others on this thread have their turn.
+async fn give_way() {
+    let mut gave_way = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut gave_way, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }

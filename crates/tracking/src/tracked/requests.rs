@@ -82,6 +82,8 @@ impl<D: Disk> Tracked<D> {
     /// Waits until no request is under way.
     pub(super) async fn drained(&self) {
         while !self.under_way.borrow().is_empty() {
+            // A parked write is a request under way.
+            self.parking.hurry();
             self.moved.listen().await;
         }
     }

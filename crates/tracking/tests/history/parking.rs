@@ -2,7 +2,7 @@
 
 use crate::host::{TestHost, raw};
 use chain::Chain;
-use disk::{Buf, Disk, DiskHandle, ErrorKind, Operation, WriteFlags};
+use disk::{Buf, Disk, DiskHandle, ErrorKind, LocalFuture, Operation, WriteFlags};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use testkit::conformance::{Workload, workload};
@@ -50,7 +50,8 @@ impl TestLot {
 }
 
 pub(crate) fn park(disk: &Rc<Tracked<Chain>>, lot: &Rc<TestLot>) {
-    disk.park_in(Rc::clone(lot) as Rc<dyn ParkingLot>, Rc::new(|task| drop(executor::spawn(task))));
+    let pause = || Box::pin(executor::yield_now()) as LocalFuture<'static, ()>;
+    disk.park_in(Rc::clone(lot) as Rc<dyn ParkingLot>, Rc::new(|task| drop(executor::spawn(task))), Rc::new(pause));
 }
 
 async fn open(
@@ -188,4 +189,62 @@ fn what_is_tried_again_is_on_one_side_of_a_mark() {
         }));
     });
     println!("{later} came after the mark");
+}
+
+/// With a pause that never ends, writes stay parked until somebody waits for one of them, or half of the lot is taken.
+#[test]
+fn parked_writes_wait_for_company_unless_somebody_waits_for_them() {
+    executor::run(1, async {
+        let host = TestHost::new(1);
+        let (image, sidecar) = (MemoryStorage::new(1 << 20), MemoryStorage::new(0));
+        let lot = Rc::new(TestLot::default());
+        create(&sidecar, &host, 1 << 20).await;
+        let disk = open(&image, &sidecar, &host, &lot).await;
+        let pause = || Box::pin(std::future::pending()) as LocalFuture<'static, ()>;
+        let spawn = |task| drop(executor::spawn(task));
+        disk.park_in(Rc::clone(&lot) as Rc<dyn ParkingLot>, Rc::new(spawn), Rc::new(pause));
+        let write = async |granule: u64| {
+            disk.write(granule * GRANULE, Buf::copy_of(&[7; 512]), WriteFlags::default()).await.unwrap();
+            for _ in 0..50 {
+                executor::yield_now().await;
+            }
+        };
+        let is_there = |granule: u64| image.to_vec()[(granule * GRANULE) as usize] == 7;
+        let syncs = || sidecar.counters().syncs;
+        write(0).await;
+        assert!(!is_there(0));
+        assert_eq!(disk.read(0, Buf::new(1)).await.unwrap()[0], 7);
+        assert!(is_there(0));
+
+        write(1).await;
+        assert_eq!(disk.read(9 * GRANULE, Buf::new(1)).await.unwrap()[0], 0);
+        assert!(!is_there(1), "who reads elsewhere does not wait");
+        disk.flush().await.unwrap();
+        assert!(is_there(1));
+
+        write(2).await;
+        disk.write(2 * GRANULE + 256, Buf::copy_of(&[8; 512]), WriteFlags::default()).await.unwrap();
+        assert!(is_there(2));
+
+        write(3).await;
+        disk.mark(NewPoint { name: "m".to_owned(), set: Id::NONE }).await.unwrap();
+        assert!(is_there(3));
+
+        let before = syncs();
+        for granule in 20..23 {
+            write(granule).await;
+        }
+        assert!((20..23).all(|granule| !is_there(granule)));
+        assert_eq!(syncs(), before);
+        write(23).await;
+        assert!((20..24).all(is_there), "half of the lot");
+        assert_eq!(syncs(), before + 1, "one sync for all");
+
+        write(5).await;
+        drop(disk.hold_still().await.unwrap());
+        assert!(is_there(5));
+        write(6).await;
+        disk.close().await.unwrap();
+        assert!(is_there(6));
+    });
 }

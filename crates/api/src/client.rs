@@ -1,8 +1,8 @@
 //! The client of the daemon's API, over its unix socket.
 
 use crate::types::{
-    ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, MarkList, ResizeRequest,
-    VersionInfo, ViewList,
+    ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, JobQuery, JobRate, MapQuery, MapReply,
+    MarkList, ResizeRequest, VersionInfo, ViewList,
 };
 use engine::history::report::{ChangesReport, HistoryReport, MarkReport};
 use engine::history::{MarkSpec, ViewReport};
@@ -216,8 +216,8 @@ impl Client {
     }
 
     /// Starts a job.
-    pub async fn start_job(&self, kind: &JobKind) -> Result<JobStatus> {
-        self.send(self.request(Method::POST, "/v1/jobs").json(kind)).await
+    pub async fn start_job(&self, kind: &JobKind, how: &JobQuery) -> Result<JobStatus> {
+        self.send(self.request(Method::POST, &with_query("/v1/jobs", how)).json(kind)).await
     }
 
     /// All jobs.
@@ -233,6 +233,21 @@ impl Client {
     /// Asks a running job to stop.
     pub async fn cancel_job(&self, id: u64) -> Result<()> {
         self.done(self.request(Method::POST, &format!("/v1/jobs/{id}/cancel"))).await
+    }
+
+    /// Holds a job up.
+    pub async fn pause_job(&self, id: u64) -> Result<JobStatus> {
+        self.send(self.request(Method::POST, &format!("/v1/jobs/{id}/pause"))).await
+    }
+
+    /// Lets a job go on.
+    pub async fn resume_job(&self, id: u64) -> Result<JobStatus> {
+        self.send(self.request(Method::POST, &format!("/v1/jobs/{id}/resume"))).await
+    }
+
+    /// How many bytes a second a job may move, from now on.
+    pub async fn set_job_rate(&self, id: u64, rate: &JobRate) -> Result<JobStatus> {
+        self.send(self.request(Method::POST, &format!("/v1/jobs/{id}/rate")).json(rate)).await
     }
 
     /// Forgets a job that has ended.

@@ -20,6 +20,6 @@ pub use engine::{
     JobStatus, TlsSpec,
 };
 pub use types::{
-    ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, MapQuery, MapReply, MarkList, ResizeRequest,
-    VersionInfo, ViewList, default_socket, runtime_directory, socket_to_try,
+    ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, JobQuery, JobRate, MapQuery, MapReply,
+    MarkList, ResizeRequest, VersionInfo, ViewList, default_socket, runtime_directory, socket_to_try,
 };

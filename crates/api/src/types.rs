@@ -53,6 +53,26 @@ pub struct JobList {
     pub jobs: Vec<JobStatus>,
 }
 
+/// How a job is started.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[into_params(parameter_in = Query)]
+pub struct JobQuery {
+    /// How many bytes a second it may move; as many as it can when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+}
+
+/// How fast a job may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct JobRate {
+    /// How many bytes a second it may move, at least 1; `null`: as many as it can.
+    #[serde(deserialize_with = "Option::deserialize")]
+    #[schema(required)]
+    pub bytes_per_second: Option<u64>,
+}
+
 /// Which part of a disk to map.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]

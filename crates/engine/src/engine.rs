@@ -1,21 +1,22 @@
 //! The engine: disks by name, each with its home thread and its exports.
 
+mod jobs;
+
 use crate::exports::{DefaultSocket, OpenExport, Servers};
 use crate::history::marking::{self, Member};
 use crate::history::report::{ChangesReport, HistoryReport, MarkReport};
 use crate::history::views::{self, OpenView};
 use crate::history::{MarkSpec, ViewReport};
 use crate::home::{DiskId, Home};
-use crate::images::live::LiveDisk;
 use crate::images::report::{ImageInfo, MapEntry};
 use crate::images::request::{NewSize, PreallocationMode, SourceSpec};
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{self, Progress, Workshop};
-use crate::jobs::{JobKind, JobStatus, Jobs};
+use crate::jobs::Jobs;
 use crate::metrics::{self, ExportCounters};
 use crate::{
     Catalogue, DiskSpec, DiskState, DiskStatus, EngineError, Event, ExportSpec, ExportStatus, Format, ImageSpec,
-    JobState, SocketAccess, chain_text, format_policy,
+    SocketAccess, chain_text, format_policy,
 };
 use dataplane::{Backend, IoThreads, IoThreadsConfig};
 use disk::ByteRange;
@@ -24,15 +25,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 /// Events that a reader may fall behind before it is cut off.
 const EVENTS_BEHIND: usize = 1024;
 /// Disks that one daemon takes.
 const MOST_DISKS: usize = 4096;
-/// How long jobs are waited for when the daemon ends, and how often they are looked at.
-const JOBS_GRACE: Duration = Duration::from_secs(20);
-const JOBS_LOOK: Duration = Duration::from_millis(10);
 
 /// How an engine is started.
 #[derive(Clone, Debug)]
@@ -831,45 +828,6 @@ impl Engine {
         self.disk(name)
     }
 
-    /// The jobs.
-    pub fn jobs(&self) -> &Jobs {
-        &self.jobs
-    }
-
-    /// Enters a job; the returned future does it, and is to be run to its end.
-    ///
-    /// # Errors
-    /// When the description makes no sense, a file in it is the image of an open disk, or too many are running.
-    pub fn begin_job(
-        self: &Arc<Self>,
-        kind: JobKind,
-    ) -> Result<(JobStatus, impl Future<Output = ()> + Send + use<>), EngineError> {
-        let mut kind = kind;
-        kind.validate()?;
-        self.refuse_images_of_disks(&kind)?;
-        for source in kind.sources_mut() {
-            if let Some(name) = &source.disk {
-                let (home, facts) = self.home(name)?;
-                let file = self.disk(name)?.spec.image.file;
-                source.live = Some(LiveDisk { home, name: name.clone(), file, size: facts.size });
-            }
-        }
-        let (status, work) = self.jobs.begin(kind, self.workshop())?;
-        let (id, this) = (status.id, Arc::clone(self));
-        self.tell(Event::Job { id, state: status.state });
-        Ok((status, async move {
-            work.await;
-            if let Ok(end) = this.jobs.show(id) {
-                this.tell(Event::Job { id, state: end.state });
-            }
-        }))
-    }
-
-    /// Says which disk holds a file, which is more than the lock can tell.
-    fn refuse_images_of_disks(&self, kind: &JobKind) -> Result<(), EngineError> {
-        kind.files_to_lock().into_iter().try_for_each(|file| self.refuse_image_of_a_disk(file, false))
-    }
-
     /// Refuses the image of an open disk, unless readers share it.
     fn refuse_image_of_a_disk(&self, file: PathBuf, writable: bool) -> Result<(), EngineError> {
         let Ok(path) = file.canonicalize() else { return Ok(()) };
@@ -880,20 +838,6 @@ impl Engine {
         match holder {
             Some(disk) => Err(EngineError::HeldByDisk { file, disk: disk.spec.name }),
             None => Ok(()),
-        }
-    }
-
-    /// Tells how far a job is; `false` when it has ended.
-    pub fn tell_job_progress(&self, id: u64) -> bool {
-        match self.jobs.show(id) {
-            Ok(job) if job.state == JobState::Running => {
-                let (percent, done, total, unit) = (job.percent, job.done, job.total, job.unit);
-                if total > 0 {
-                    self.tell(Event::JobProgress { id, percent, done, total, unit });
-                }
-                true
-            }
-            _ => false,
         }
     }
 
@@ -929,20 +873,6 @@ impl Engine {
             })
             .collect();
         metrics::text(&self.disks_status(), &exports, self.jobs.running(), self.io_threads())
-    }
-
-    /// Stops all jobs and waits until they have ended, or for 20 seconds.
-    async fn end_jobs(&self) {
-        self.jobs.interrupt_all();
-        let mut waited = Duration::ZERO;
-        while self.jobs.running() > 0 && waited < JOBS_GRACE {
-            // In the blocking pool, because a job may keep an I/O thread busy.
-            dataplane::offload(|| std::thread::sleep(JOBS_LOOK)).await;
-            waited += JOBS_LOOK;
-        }
-        for job in self.jobs.all().iter().filter(|job| job.state == JobState::Running) {
-            tracing::warn!(job = job.id, "this job did not stop in time");
-        }
     }
 
     /// Stops jobs, drains and closes exports, flushes and closes disks. The catalogue keeps them.

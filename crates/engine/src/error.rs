@@ -69,11 +69,22 @@ pub enum EngineError {
     #[error("there is no job {0}; it may have ended long ago")]
     NoSuchJob(u64),
     /// The job has ended.
-    #[error("job {0} has ended already; forget it with `highwater job forget {0}`")]
+    #[error("job {0} has ended already; forget it with `highwater jobs forget {0}`")]
     JobEnded(u64),
     /// The job is at work.
-    #[error("job {0} is running; stop it with `highwater job cancel {0}` first")]
+    #[error("job {0} is running; stop it with `highwater jobs cancel {0}` first")]
     JobRunning(u64),
+    /// The job was interrupted and is of a kind that cannot go on.
+    #[error(
+        "job {id} ({kind}) was interrupted by the end of the daemon and cannot go on from there; start it anew and forget \
+         this one with `highwater jobs forget {id}`"
+    )]
+    JobNotResumable {
+        /// The job.
+        id: u64,
+        /// What it is.
+        kind: &'static str,
+    },
     /// Too many jobs.
     #[error("{0} jobs are running, which is the most; try again when one has ended")]
     TooManyJobs(usize),
@@ -331,6 +342,7 @@ impl EngineError {
             | Self::Pinned(_)
             | Self::JobEnded(_)
             | Self::JobRunning(_)
+            | Self::JobNotResumable { .. }
             | Self::TooManyJobs(_)
             | Self::ExportExists { .. }
             | Self::SocketDiffers { .. }

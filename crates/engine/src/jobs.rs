@@ -1,283 +1,172 @@
-//! Long work that the daemon does on request: a bounded list of jobs with progress and cancel.
+//! Long work that the daemon does on request: a bounded list of jobs that can be watched, paused, slowed down and stopped, and
+//! that is remembered over restarts.
+//!
+//! What a job does is a future that whoever begins it makes ([`Jobs::begin`]); it gets a [`JobHandle`]. Kinds that are
+//! resumable are begun again after the daemon's end, with the position that their work saved last.
 
-use crate::history::AuditSpec;
-use crate::images::request::{
-    CheckSpec, CompareSpec, ConvertSpec, CreateSpec, MeasureSpec, ResizeSpec, SourceSpec, require_absolute,
-};
-use crate::images::{Progress, ProgressUnit, Workshop};
-use crate::job_records::{JobRecord, JobRecords};
-use crate::{EngineError, ErrorClass, chain_text};
-use serde::{Deserialize, Serialize};
+use crate::images::{Progress, ProgressUnit, percent};
+use crate::job_handle::JobHandle;
+use crate::job_position::{JobPosition, remove_leftovers};
+use crate::job_records::{EndRecord, JobRecord, JobRecords, recorded_result};
+use crate::{EngineError, ErrorClass, JobKind, JobState, JobStatus, chain_text};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
-use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
-use utoipa::openapi::{RefOr, Schema};
-use utoipa::{PartialSchema, ToSchema};
 
 /// Jobs that have ended and are remembered.
 const REMEMBERED: usize = 256;
-/// Jobs that run at the same time.
+/// Jobs that run at the same time, paused ones among them.
 const RUNNING: usize = 16;
 
-/// What a job is to do. Paths are absolute.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "job", rename_all = "kebab-case")]
-pub enum JobKind {
-    /// Make an image.
-    Create(CreateSpec),
-    /// Copy an image.
-    Convert(ConvertSpec),
-    /// Compare two images.
-    Compare(CompareSpec),
-    /// Prove what a history calls unchanged.
-    Audit(AuditSpec),
-    /// Check an image's metadata, and mend it if that is asked for.
-    Check(CheckSpec),
-    /// Find out how much space a conversion would take.
-    Measure(MeasureSpec),
-    /// Change the size of an image that nobody uses.
-    Resize(ResizeSpec),
-}
-
-impl JobKind {
-    /// The word in `job`.
-    pub const fn word(&self) -> &'static str {
-        match self {
-            Self::Create(_) => "create",
-            Self::Convert(_) => "convert",
-            Self::Compare(_) => "compare",
-            Self::Audit(_) => "audit",
-            Self::Check(_) => "check",
-            Self::Measure(_) => "measure",
-            Self::Resize(_) => "resize",
-        }
-    }
-
-    /// Checks what can be checked without opening anything.
-    ///
-    /// # Errors
-    /// [`EngineError::Invalid`].
-    pub fn validate(&self) -> Result<(), EngineError> {
-        self.sources().into_iter().try_for_each(SourceSpec::validate)?;
-        let history = match self {
-            Self::Check(spec) => spec.history_file.as_deref(),
-            Self::Resize(spec) => spec.history_file.as_deref(),
-            Self::Audit(spec) => spec.history_file.as_deref(),
-            _ => None,
-        };
-        self.own_files().into_iter().chain(history).try_for_each(require_absolute)
-    }
-
-    /// The images that are only read.
-    fn sources(&self) -> Vec<&SourceSpec> {
-        match self {
-            Self::Convert(spec) => vec![&spec.source],
-            Self::Compare(spec) => vec![&spec.first, &spec.second],
-            Self::Audit(spec) => vec![&spec.source, &spec.against],
-            Self::Measure(spec) => spec.source.iter().collect(),
-            Self::Create(_) | Self::Check(_) | Self::Resize(_) => Vec::new(),
-        }
-    }
-
-    /// The same, to be filled in.
-    pub(crate) fn sources_mut(&mut self) -> Vec<&mut SourceSpec> {
-        match self {
-            Self::Convert(spec) => vec![&mut spec.source],
-            Self::Compare(spec) => vec![&mut spec.first, &mut spec.second],
-            Self::Audit(spec) => vec![&mut spec.source, &mut spec.against],
-            Self::Measure(spec) => spec.source.iter_mut().collect(),
-            Self::Create(_) | Self::Check(_) | Self::Resize(_) => Vec::new(),
-        }
-    }
-
-    /// The other files.
-    fn own_files(&self) -> Vec<&Path> {
-        match self {
-            Self::Create(spec) => vec![&spec.file],
-            Self::Convert(spec) => vec![&spec.target],
-            Self::Check(spec) => vec![&spec.file],
-            Self::Resize(spec) => vec![&spec.file],
-            Self::Compare(_) | Self::Audit(_) | Self::Measure(_) => Vec::new(),
-        }
-    }
-
-    /// All files that must not be in use.
-    pub(crate) fn files_to_lock(&self) -> Vec<PathBuf> {
-        let shared = matches!(self, Self::Check(spec) if spec.force_share && spec.repair.is_none());
-        let own = self.own_files().into_iter().filter(|_| !shared);
-        let sources = self.sources().into_iter().filter(|s| s.disk.is_none() && !s.force_share);
-        own.map(Path::to_owned).chain(sources.map(|s| s.file.clone())).collect()
-    }
-}
-
-/// Each kind as one flat object: a description made of parts would contradict the parts' `additionalProperties`.
-impl PartialSchema for JobKind {
-    fn schema() -> RefOr<Schema> {
-        let kinds = [
-            ("create", CreateSpec::schema()),
-            ("convert", ConvertSpec::schema()),
-            ("compare", CompareSpec::schema()),
-            ("audit", AuditSpec::schema()),
-            ("check", CheckSpec::schema()),
-            ("measure", MeasureSpec::schema()),
-            ("resize", ResizeSpec::schema()),
-        ];
-        let mut one_of = OneOfBuilder::new().description(Some("What a job is to do. Paths are absolute."));
-        for (word, schema) in kinds {
-            let RefOr::T(Schema::Object(mut object)) = schema else { continue };
-            let tag = ObjectBuilder::new().schema_type(Type::String).enum_values(Some([word]));
-            object.properties.insert("job".to_owned(), tag.into());
-            object.required.insert(0, "job".to_owned());
-            one_of = one_of.item(Schema::Object(object));
-        }
-        one_of.into()
-    }
-}
-
-impl ToSchema for JobKind {
-    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
-        CreateSpec::schemas(schemas);
-        ConvertSpec::schemas(schemas);
-        CompareSpec::schemas(schemas);
-        AuditSpec::schemas(schemas);
-        CheckSpec::schemas(schemas);
-        MeasureSpec::schemas(schemas);
-        ResizeSpec::schemas(schemas);
-    }
-}
-
-/// Where a job is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum JobState {
-    /// At work.
-    Running,
-    /// Ended well; `result` says what came out.
-    Done,
-    /// Ended badly; `error` says why.
-    Failed,
-    /// Stopped on request.
-    Cancelled,
-    /// The daemon ended while it was at work. It does not go on by itself; start it again.
-    Interrupted,
-}
-
-impl JobState {
-    /// The word for people.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Done => "done",
-            Self::Failed => "failed",
-            Self::Cancelled => "cancelled",
-            Self::Interrupted => "interrupted",
-        }
-    }
-}
-
-/// One job, as it is now.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub struct JobStatus {
-    /// Its number.
-    pub id: u64,
-    /// What it is to do.
-    pub kind: JobKind,
-    /// Where it is in its life.
-    pub state: JobState,
-    /// Part done, 0 to 100.
-    pub percent: u8,
-    /// How much is done.
-    #[serde(default)]
-    pub done: u64,
-    /// How much there is to do in all; 0 while that is not known.
-    #[serde(default)]
-    pub total: u64,
-    /// What `done` and `total` count.
-    #[serde(default)]
-    pub unit: ProgressUnit,
-    /// When it began, in seconds since 1970.
-    #[serde(default)]
-    pub started: u64,
-    /// When it ended, in seconds since 1970.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ended: Option<u64>,
-    /// What came out, as the command of the same name shows it with `--json`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
-    pub result: Option<serde_json::Value>,
-    /// Why it failed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-}
+/// Does a job; to be run to its end, on any executor.
+pub type JobWork = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 struct End {
     state: JobState,
-    result: Result<serde_json::Value, String>,
+    result: Result<Option<Value>, String>,
     /// When; not known of what a crash ended.
     at: Option<u64>,
+    done: (u64, u64),
+    unit: ProgressUnit,
 }
 
 struct Job {
     kind: JobKind,
     progress: Progress,
+    position: Arc<JobPosition>,
     started: u64,
     end: Option<End>,
 }
 
 impl Job {
+    fn state(&self) -> JobState {
+        match &self.end {
+            Some(end) => end.state,
+            None if self.progress.is_paused() => JobState::Paused,
+            None => JobState::Running,
+        }
+    }
+
     fn status(&self, id: u64) -> JobStatus {
-        let end = self.end.as_ref();
-        let state = end.map_or(JobState::Running, |end| end.state);
-        let (done, total) = self.progress.now();
+        let (state, end) = (self.state(), self.end.as_ref());
+        let (done, total) = end.map_or_else(|| self.progress.now(), |end| end.done);
         JobStatus {
             id,
             kind: self.kind.clone(),
             state,
-            percent: if state == JobState::Done { 100 } else { self.progress.percent() },
+            percent: if state == JobState::Done { 100 } else { percent((done, total)) },
             done,
             total,
-            unit: self.progress.unit(),
+            unit: end.map_or_else(|| self.progress.unit(), |end| end.unit),
+            rate: if end.is_none() { self.progress.rate() } else { None },
+            seconds_left: if end.is_none() { self.progress.seconds_left() } else { None },
+            rate_limit: self.progress.rate_limit(),
             started: self.started,
             ended: end.and_then(|end| end.at),
-            result: end.and_then(|end| end.result.as_ref().ok().cloned()),
+            result: end.and_then(|end| end.result.as_ref().ok().cloned().flatten()),
             error: end.and_then(|end| end.result.as_ref().err().cloned()),
         }
     }
 
-    /// Whether the state directory has to remember it.
+    /// Whether the state directory has it as work that has not come to its end.
     fn is_unfinished(&self) -> bool {
         self.end.as_ref().is_none_or(|end| end.state == JobState::Interrupted)
     }
+
+    fn is_to_be_cancelled(&self) -> bool {
+        self.progress.is_cancelled() && !self.progress.is_interrupted()
+    }
+
+    fn record(&self, id: u64) -> JobRecord {
+        JobRecord {
+            id,
+            started: self.started,
+            kind: self.kind.clone(),
+            paused: self.progress.is_paused(),
+            cancelled: self.end.is_none() && self.is_to_be_cancelled(),
+            rate_limit: self.progress.rate_limit(),
+            end: self.end.as_ref().filter(|end| end.state != JobState::Interrupted).map(|end| EndRecord {
+                state: end.state,
+                at: end.at,
+                done: end.done.0,
+                total: end.done.1,
+                unit: end.unit,
+                result: end.result.as_ref().ok().and_then(Option::as_ref).and_then(recorded_result),
+                error: end.result.as_ref().err().cloned(),
+            }),
+        }
+    }
+
+    fn handle(&self, id: u64, begun_again: bool, resumable: bool) -> JobHandle {
+        JobHandle { id, progress: self.progress.clone(), position: Arc::clone(&self.position), begun_again, resumable }
+    }
 }
 
-#[derive(Default)]
 struct List {
     last: u64,
     jobs: BTreeMap<u64, Job>,
     /// The daemon ends: what is stopped now counts as interrupted.
     ending: bool,
+    directory: Option<PathBuf>,
     records: Option<JobRecords>,
+    /// [`JobKind::is_resumable`], but in tests.
+    is_resumable: fn(&JobKind) -> bool,
 }
 
 impl List {
+    fn new() -> Self {
+        Self {
+            last: 0,
+            jobs: BTreeMap::new(),
+            ending: false,
+            directory: None,
+            records: None,
+            is_resumable: JobKind::is_resumable,
+        }
+    }
+
     /// Blocks for an fsync.
     fn save(&self) -> Result<(), EngineError> {
         let Some(records) = &self.records else { return Ok(()) };
-        let unfinished = self.jobs.iter().filter(|(_, job)| job.is_unfinished());
-        let unfinished =
-            unfinished.map(|(id, job)| JobRecord { id: *id, started: job.started, kind: job.kind.clone() }).collect();
-        records.replace(self.last, unfinished)
+        records.replace(self.last, self.jobs.iter().map(|(id, job)| job.record(*id)).collect())
+    }
+
+    fn at_work(&self) -> usize {
+        self.jobs.values().filter(|job| job.end.is_none()).count()
+    }
+
+    /// A job that has not ended.
+    fn unended(&self, id: u64) -> Result<&Job, EngineError> {
+        match self.jobs.get(&id) {
+            None => Err(EngineError::NoSuchJob(id)),
+            Some(job) if job.end.is_some() => Err(EngineError::JobEnded(id)),
+            Some(job) => Ok(job),
+        }
+    }
+
+    /// How a job stands that the end of a daemon has interrupted.
+    fn interrupted(&self, job: &Job, at: Option<u64>) -> End {
+        let text = if (self.is_resumable)(&job.kind) { WILL_GO_ON } else { INTERRUPTED };
+        let (done, unit) = (job.progress.now(), job.progress.unit());
+        End { state: JobState::Interrupted, result: Err(text.to_owned()), at, done, unit }
     }
 }
 
 /// The jobs of one daemon.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Jobs(Arc<Mutex<List>>);
 
+impl Default for Jobs {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(List::new())))
+    }
+}
+
 const INTERRUPTED: &str = "the daemon ended while this was at work; start it again";
+const WILL_GO_ON: &str = "the daemon ended while this was at work; it goes on when the daemon starts, or is resumed";
 
 impl Jobs {
     /// The jobs of a daemon with that state directory: what was at work when it ended last is listed as interrupted.
@@ -285,72 +174,173 @@ impl Jobs {
     /// # Errors
     /// When the record in the directory cannot be read.
     pub(crate) fn open(directory: &Path) -> Result<Self, EngineError> {
+        Self::open_with(directory, JobKind::is_resumable)
+    }
+
+    fn open_with(directory: &Path, is_resumable: fn(&JobKind) -> bool) -> Result<Self, EngineError> {
         let (records, recorded) = JobRecords::open(directory)?;
-        let jobs = recorded.jobs.into_iter().map(|JobRecord { id, started, kind }| {
-            let end = End { state: JobState::Interrupted, result: Err(INTERRUPTED.to_owned()), at: None };
-            (id, Job { kind, progress: Progress::new(), started, end: Some(end) })
-        });
-        let jobs: BTreeMap<u64, Job> = jobs.collect();
-        let last = recorded.last.max(jobs.keys().last().copied().unwrap_or(0));
-        Ok(Self(Arc::new(Mutex::new(List { last, jobs, ending: false, records: Some(records) }))))
+        let mut list = List { is_resumable, directory: Some(directory.to_owned()), ..List::new() };
+        for JobRecord { id, started, kind, paused, cancelled, rate_limit, end } in recorded.jobs {
+            let progress = Progress::new();
+            progress.set_rate_limit(rate_limit);
+            if paused {
+                progress.pause();
+            }
+            if cancelled {
+                progress.cancel();
+            }
+            let position = Arc::new(match end {
+                None => JobPosition::read(directory, id),
+                Some(_) => JobPosition::new(Some(directory), id),
+            });
+            let mut job = Job { kind, progress, position, started, end: None };
+            job.end = Some(match end {
+                None => list.interrupted(&job, None),
+                Some(end) => End {
+                    state: end.state,
+                    result: end.error.map_or(Ok(end.result), Err),
+                    at: end.at,
+                    done: (end.done, end.total),
+                    unit: end.unit,
+                },
+            });
+            list.jobs.insert(id, job);
+        }
+        let unfinished = list.jobs.iter().filter(|(_, job)| job.is_unfinished()).map(|(id, _)| *id).collect();
+        remove_leftovers(directory, &unfinished);
+        list.last = recorded.last.max(list.jobs.keys().last().copied().unwrap_or(0));
+        list.records = Some(records);
+        Ok(Self(Arc::new(Mutex::new(list))))
     }
 
     fn list(&self) -> MutexGuard<'_, List> {
         self.0.lock().expect("no panic while the list is locked")
     }
 
-    /// Enters a job; the returned future does it, and is to be run to its end.
+    /// Enters a job that may move so many bytes a second. `make_work` is told which one it is and makes what it does, which
+    /// is begun when the returned future is polled; that one is to be run to its end.
     ///
     /// # Errors
     /// When too many are running, or the state directory cannot be written to.
-    pub fn begin(
+    pub fn begin<W>(
         &self,
         kind: JobKind,
-        workshop: Workshop,
-    ) -> Result<(JobStatus, impl Future<Output = ()> + Send + use<>), EngineError> {
+        rate_limit: Option<u64>,
+        make_work: impl FnOnce(JobHandle) -> W,
+    ) -> Result<(JobStatus, JobWork), EngineError>
+    where
+        W: Future<Output = Result<Value, EngineError>> + Send + 'static,
+    {
         let progress = Progress::new();
-        let id = {
+        progress.set_rate_limit(rate_limit);
+        let (id, handle) = {
             let mut list = self.list();
-            if list.jobs.values().filter(|j| j.end.is_none()).count() >= RUNNING {
+            if list.at_work() >= RUNNING {
                 return Err(EngineError::TooManyJobs(RUNNING));
             }
-            let ended: Vec<u64> = list.jobs.iter().filter(|(_, j)| j.end.is_some()).map(|(id, _)| *id).collect();
+            // What is to go on later is no history yet.
+            let is_resumable = list.is_resumable;
+            let stays = |job: &Job| job.end.is_none() || (job.is_unfinished() && is_resumable(&job.kind));
+            let ended: Vec<u64> = list.jobs.iter().filter(|(_, job)| !stays(job)).map(|(id, _)| *id).collect();
             for id in ended.iter().take((ended.len() + 1).saturating_sub(REMEMBERED)) {
                 list.jobs.remove(id);
             }
             list.last += 1;
             let id = list.last;
-            let job = Job { kind: kind.clone(), progress: progress.clone(), started: now(), end: None };
+            let position = Arc::new(JobPosition::new(list.directory.as_deref(), id));
+            let resumable = is_resumable(&kind);
+            let job = Job { kind, progress, position, started: now(), end: None };
+            let handle = job.handle(id, false, resumable);
             list.jobs.insert(id, job);
             if let Err(error) = list.save() {
                 list.jobs.remove(&id);
                 return Err(error);
             }
-            id
+            (id, handle)
         };
-        let status = self.show(id)?;
-        let this = self.clone();
-        Ok((status, async move {
-            let result = workshop.perform(kind, progress).await;
-            this.end(id, result);
-        }))
+        Ok((self.show(id)?, self.do_work(id, make_work(handle))))
     }
 
-    fn end(&self, id: u64, result: Result<serde_json::Value, EngineError>) {
+    /// Begins a job again that the daemon's end has interrupted: as [`begin`](Self::begin), with the position that was
+    /// saved last, and with its pause and its limit.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchJob`], [`EngineError::JobEnded`]; [`EngineError::JobNotResumable`] for the kinds that are not.
+    pub fn begin_again<W>(
+        &self,
+        id: u64,
+        make_work: impl FnOnce(JobHandle) -> W,
+    ) -> Result<(JobStatus, JobWork), EngineError>
+    where
+        W: Future<Output = Result<Value, EngineError>> + Send + 'static,
+    {
+        let handle = {
+            let mut list = self.list();
+            let is_resumable = list.is_resumable;
+            if list.ending {
+                return Err(EngineError::JobEnded(id));
+            }
+            let job = list.jobs.get_mut(&id).ok_or(EngineError::NoSuchJob(id))?;
+            if job.state() != JobState::Interrupted {
+                return Err(EngineError::JobEnded(id));
+            }
+            if !is_resumable(&job.kind) {
+                return Err(EngineError::JobNotResumable { id, kind: job.kind.word() });
+            }
+            let before = std::mem::take(&mut job.progress);
+            job.progress.set_rate_limit(before.rate_limit());
+            if before.is_paused() {
+                job.progress.pause();
+            }
+            // A crash came between the wish and the end: the work takes away what it has made.
+            if before.is_cancelled() && !before.is_interrupted() {
+                job.progress.cancel();
+            }
+            job.end = None;
+            // The record has it as unfinished already.
+            job.handle(id, true, true)
+        };
+        Ok((self.show(id)?, self.do_work(id, make_work(handle))))
+    }
+
+    fn do_work<W>(&self, id: u64, work: W) -> JobWork
+    where
+        W: Future<Output = Result<Value, EngineError>> + Send + 'static,
+    {
+        let this = self.clone();
+        Box::pin(async move {
+            let result = work.await;
+            this.end(id, result);
+        })
+    }
+
+    fn end(&self, id: u64, result: Result<Value, EngineError>) {
         let mut list = self.list();
         let ending = list.ending;
-        let Some(job) = list.jobs.get_mut(&id) else { return };
-        let at = Some(now());
-        job.end = Some(match result {
-            Ok(value) => End { state: JobState::Done, result: Ok(value), at },
+        let Some(job) = list.jobs.get(&id) else { return };
+        let (done, unit, at) = (job.progress.now(), job.progress.unit(), Some(now()));
+        let end = match result {
+            Ok(value) => End { state: JobState::Done, result: Ok(Some(value)), at, done, unit },
             Err(error) if error.class() != ErrorClass::Cancelled => {
-                End { state: JobState::Failed, result: Err(chain_text(&error)), at }
+                End { state: JobState::Failed, result: Err(chain_text(&error)), at, done, unit }
             }
-            Err(_) if ending => End { state: JobState::Interrupted, result: Err(INTERRUPTED.to_owned()), at },
-            Err(error) => End { state: JobState::Cancelled, result: Err(chain_text(&error)), at },
-        });
-        if let Err(error) = list.save() {
-            tracing::warn!(job = id, error = chain_text(&error), "after a restart this job is listed as interrupted");
+            Err(_) if ending && job.progress.is_interrupted() => list.interrupted(job, at),
+            Err(error) => End { state: JobState::Cancelled, result: Err(chain_text(&error)), at, done, unit },
+        };
+        let position = (end.state != JobState::Interrupted).then(|| Arc::clone(&job.position));
+        if let Some(job) = list.jobs.get_mut(&id) {
+            job.end = Some(end);
+        }
+        match list.save() {
+            // Only now: a crash between the two finds a position without unfinished work, and removes it.
+            Ok(()) => position.iter().for_each(|position| position.forget()),
+            Err(error) => {
+                tracing::warn!(
+                    job = id,
+                    error = chain_text(&error),
+                    "after a restart this job is listed as interrupted"
+                );
+            }
         }
     }
 
@@ -367,21 +357,81 @@ impl Jobs {
         self.list().jobs.get(&id).map(|job| job.status(id)).ok_or(EngineError::NoSuchJob(id))
     }
 
-    /// Asks a running job to stop.
+    /// The interrupted jobs that can be begun again, oldest first.
+    pub(crate) fn to_begin_again(&self) -> Vec<u64> {
+        let list = self.list();
+        let waiting = |job: &Job| job.state() == JobState::Interrupted && (list.is_resumable)(&job.kind);
+        list.jobs.iter().filter(|(_, job)| waiting(job)).map(|(id, _)| *id).collect()
+    }
+
+    /// Holds a job up before its next piece of work; also after a restart of the daemon, if it is one that goes on then.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchJob`], [`EngineError::JobEnded`], or when the state directory cannot be written to: then it
+    /// goes on.
+    pub fn pause(&self, id: u64) -> Result<JobStatus, EngineError> {
+        let list = self.list();
+        let progress = list.unended(id)?.progress.clone();
+        if !progress.is_paused() {
+            progress.pause();
+            list.save().inspect_err(|_| progress.resume())?;
+        }
+        drop(list);
+        self.show(id)
+    }
+
+    /// Lets a paused job go on.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchJob`], [`EngineError::JobEnded`], or when the state directory cannot be written to: then it
+    /// stays paused.
+    pub fn resume(&self, id: u64) -> Result<JobStatus, EngineError> {
+        let list = self.list();
+        let progress = list.unended(id)?.progress.clone();
+        if progress.is_paused() {
+            progress.resume();
+            list.save().inspect_err(|_| progress.pause())?;
+        }
+        drop(list);
+        self.show(id)
+    }
+
+    /// How many bytes a second a job may move, from now on; `None`: as many as it can.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchJob`], [`EngineError::JobEnded`], [`EngineError::Invalid`] for 0, or when the state directory
+    /// cannot be written to: then nothing changes.
+    pub fn set_rate_limit(&self, id: u64, bytes_per_second: Option<u64>) -> Result<JobStatus, EngineError> {
+        validate_rate(bytes_per_second)?;
+        let list = self.list();
+        let progress = list.unended(id)?.progress.clone();
+        let before = progress.rate_limit();
+        if before != bytes_per_second {
+            progress.set_rate_limit(bytes_per_second);
+            list.save().inspect_err(|_| progress.set_rate_limit(before))?;
+        }
+        drop(list);
+        self.show(id)
+    }
+
+    /// Asks a job to stop, paused or not.
     ///
     /// # Errors
     /// [`EngineError::NoSuchJob`], [`EngineError::JobEnded`].
     pub fn cancel(&self, id: u64) -> Result<(), EngineError> {
         let list = self.list();
-        let job = list.jobs.get(&id).ok_or(EngineError::NoSuchJob(id))?;
-        if job.end.is_some() {
-            return Err(EngineError::JobEnded(id));
-        }
+        let job = list.unended(id)?;
         job.progress.cancel();
+        if (list.is_resumable)(&job.kind)
+            && let Err(error) = list.save()
+        {
+            // It stops all the same, if the daemon lives that long.
+            tracing::warn!(job = id, error = chain_text(&error), "that this job is to stop is not recorded");
+        }
         Ok(())
     }
 
-    /// Forgets a job that has ended, and its result.
+    /// Forgets a job that has ended, and its result. One that was interrupted does not go on then.
     ///
     /// # Errors
     /// [`EngineError::NoSuchJob`], [`EngineError::JobRunning`], or when the state directory cannot be written to.
@@ -392,23 +442,36 @@ impl Jobs {
             Some(job) if job.end.is_none() => return Err(EngineError::JobRunning(id)),
             Some(_) => {}
         }
-        let interrupted = list.jobs.remove(&id).is_some_and(|job| job.is_unfinished());
-        if interrupted { list.save() } else { Ok(()) }
+        let Some(job) = list.jobs.remove(&id) else { return Ok(()) };
+        if let Err(error) = list.save() {
+            list.jobs.insert(id, job);
+            return Err(error);
+        }
+        job.position.forget();
+        Ok(())
     }
 
     /// Asks all to stop because the daemon ends.
     pub fn interrupt_all(&self) {
         let mut list = self.list();
         list.ending = true;
-        for job in list.jobs.values() {
-            job.progress.cancel();
+        for job in list.jobs.values().filter(|job| job.end.is_none()) {
+            job.progress.interrupt();
         }
     }
 
-    /// How many are running.
+    /// How many have not ended.
     pub fn running(&self) -> usize {
-        self.list().jobs.values().filter(|j| j.end.is_none()).count()
+        self.list().at_work()
     }
+}
+
+/// Refuses a rate at which nothing would ever be done.
+pub(crate) fn validate_rate(bytes_per_second: Option<u64>) -> Result<(), EngineError> {
+    if bytes_per_second == Some(0) {
+        return Err(EngineError::Invalid("a rate of 0 bytes a second is a pause: pause the job instead".to_owned()));
+    }
+    Ok(())
 }
 
 /// Seconds since 1970.
@@ -417,54 +480,4 @@ fn now() -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_in_jobs_are_absolute() {
-        for (job, good) in [
-            (r#"{"job":"create","file":"/x/a.raw","format":"raw","size":1}"#, true),
-            (r#"{"job":"create","file":"a.raw","format":"raw","size":1}"#, false),
-            (r#"{"job":"convert","source":{"file":"/x/a.raw"},"target":"b.raw","format":"raw"}"#, false),
-            (r#"{"job":"convert","source":{"file":"a.raw"},"target":"/x/b.raw","format":"raw"}"#, false),
-            (r#"{"job":"convert","source":{"disk":"d"},"target":"/x/b.raw","format":"raw"}"#, true),
-            (r#"{"job":"convert","source":{"disk":"d","file":"/x"},"target":"/x/b.raw","format":"raw"}"#, false),
-            (r#"{"job":"convert","source":{},"target":"/x/b.raw","format":"raw"}"#, false),
-            (r#"{"job":"compare","first":{"file":"/a"},"second":{"file":"b"}}"#, false),
-            (r#"{"job":"measure","source":{"file":"b"},"format":"raw"}"#, false),
-            (r#"{"job":"check","file":"b"}"#, false),
-            (r#"{"job":"resize","file":"b","size":{"to":1}}"#, false),
-        ] {
-            let kind: JobKind = serde_json::from_str(job).unwrap_or_else(|e| panic!("{job}: {e}"));
-            assert_eq!(kind.validate().is_ok(), good, "{job}");
-        }
-    }
-
-    #[test]
-    fn unfinished_jobs_are_interrupted_after_a_restart() {
-        let dir = tempfile::tempdir().unwrap();
-        let kind: JobKind = serde_json::from_str(r#"{"job":"check","file":"/missing.qcow2"}"#).unwrap();
-        let workshop = Workshop::start(dataplane::Backend::Threads).unwrap();
-        let jobs = Jobs::open(dir.path()).unwrap();
-        let (first, work) = jobs.begin(kind.clone(), workshop.clone()).unwrap();
-        let (second, _never_run) = jobs.begin(kind.clone(), workshop.clone()).unwrap();
-        drop(work);
-        assert!(matches!(jobs.forget(second.id), Err(EngineError::JobRunning(_))));
-        jobs.end(first.id, Err(EngineError::Cancelled));
-        assert_eq!(jobs.show(first.id).unwrap().state, JobState::Cancelled);
-        assert!(matches!(jobs.cancel(first.id), Err(EngineError::JobEnded(_))));
-        drop(jobs);
-
-        let jobs = Jobs::open(dir.path()).unwrap();
-        let all = jobs.all();
-        assert_eq!(all.iter().map(|j| (j.id, j.state)).collect::<Vec<_>>(), [(second.id, JobState::Interrupted)]);
-        assert!(all[0].error.as_ref().unwrap().contains("start it again"));
-        let (third, _never_run) = jobs.begin(kind, workshop).unwrap();
-        assert!(third.id > second.id, "numbers are not used twice");
-        jobs.interrupt_all();
-        jobs.end(third.id, Err(EngineError::Cancelled));
-        jobs.forget(second.id).unwrap();
-        let left = Jobs::open(dir.path()).unwrap().all();
-        assert_eq!(left.iter().map(|j| j.id).collect::<Vec<_>>(), [third.id]);
-    }
-}
+mod tests;

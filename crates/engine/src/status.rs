@@ -141,7 +141,7 @@ pub enum Event {
         /// Which.
         export: String,
     },
-    /// A job began or ended.
+    /// A job began, was paused, goes on, or ended.
     Job {
         /// Which.
         id: u64,
@@ -160,5 +160,11 @@ pub enum Event {
         total: u64,
         /// What `done` and `total` count.
         unit: ProgressUnit,
+        /// How much is done in a second, of late.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+        /// Seconds until it is done if it goes on at that rate.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seconds_left: Option<u64>,
     },
 }

@@ -1,7 +1,7 @@
 //! The grammar of the command line. Verbs and options follow qemu-img's habits where it has the verb.
 
 use crate::choices;
-use crate::size::{parse_new_size, parse_size};
+use crate::size::{RateArg, parse_new_size, parse_rate, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::images::request::{NewSize, PreallocationMode, RepairMode};
 use engine::{CacheMode, Format, HistoryMode};
@@ -85,8 +85,8 @@ pub(crate) enum Verb {
     #[command(subcommand)]
     Disk(DiskVerb),
     /// Work with the daemon's jobs
-    #[command(subcommand)]
-    Job(JobVerb),
+    #[command(subcommand, alias = "job")]
+    Jobs(JobsVerb),
     /// Show which daemon answers, and how many disks and jobs it has
     Status,
     /// Print what happens in the daemon, as it happens
@@ -230,6 +230,9 @@ pub(crate) struct ConvertArgs {
     /// Read the source though somebody writes to it
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
+    /// Bytes a second that may be copied, with suffixes k M G; qemu-img's name for it is -r
+    #[arg(short = 'r', long, value_parser = parse_rate, value_name = "RATE")]
+    pub(crate) rate: Option<RateArg>,
     /// Accepted for qemu-img's sake: progress is shown on a terminal anyway
     #[arg(short = 'p', long, hide = true)]
     pub(crate) progress: bool,
@@ -658,7 +661,7 @@ pub(crate) struct DiskAddArgs {
 }
 
 #[derive(Debug, Subcommand)]
-pub(crate) enum JobVerb {
+pub(crate) enum JobsVerb {
     /// Show all jobs
     List,
     /// Show one job
@@ -670,13 +673,35 @@ pub(crate) enum JobVerb {
     Start {
         /// File with the description
         file: PathBuf,
+        /// Bytes a second that it may move, with suffixes k M G; or none
+        #[arg(long, value_parser = parse_rate, value_name = "RATE")]
+        rate: Option<RateArg>,
     },
-    /// Wait until a job has ended, and show what came out; Ctrl-C ends the waiting, not the job
+    /// Wait until a job has ended, show what came out, and end with the job's exit code; Ctrl-C ends the waiting, not the
+    /// job
     Wait {
         /// The job's number
         id: u64,
     },
-    /// Stop a job
+    /// Hold a job up before its next piece of work
+    Pause {
+        /// The job's number
+        id: u64,
+    },
+    /// Let a paused job go on, or one that the end of the daemon has interrupted and that can
+    Resume {
+        /// The job's number
+        id: u64,
+    },
+    /// Say how many bytes a second a job may move, from now on
+    SetRate {
+        /// The job's number
+        id: u64,
+        /// Bytes a second, with suffixes k M G; or none
+        #[arg(value_parser = parse_rate)]
+        rate: RateArg,
+    },
+    /// Stop a job, paused or not
     Cancel {
         /// The job's number
         id: u64,
@@ -747,7 +772,14 @@ mod tests {
             "disk open a",
             "disk unexport a e",
             "disk unexport a --all",
-            "job wait 1",
+            "jobs wait 1",
+            "job list",
+            "jobs pause 1",
+            "jobs resume 1",
+            "jobs set-rate 1 60M",
+            "jobs set-rate 1 none",
+            "jobs start --rate 1.5G -",
+            "convert --rate 60M a.raw b.qcow2",
             "attach a",
             "mark a before",
             "mark a b vm --json before --freeze /s --freeze-limit 500",
@@ -772,6 +804,8 @@ mod tests {
             "mark",
             "changes a",
             "serve --socket-mode 600 a.raw",
+            "jobs set-rate 1 0",
+            "jobs set-rate 1",
         ] {
             let words = std::iter::once("highwater").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_err(), "{line} was understood");

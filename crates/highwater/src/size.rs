@@ -46,6 +46,36 @@ pub(crate) fn parse_new_size(text: &str) -> Result<NewSize, String> {
     }
 }
 
+/// Bytes a second; `None`: as many as it goes. (A type of its own, because the grammar takes an `Option` for an argument
+/// that may be absent.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RateArg(pub(crate) Option<u64>);
+
+/// Bytes a second as [`parse_size`] has them, or `none`.
+pub(crate) fn parse_rate(text: &str) -> Result<RateArg, String> {
+    match text {
+        "none" => Ok(RateArg(None)),
+        _ => match parse_size(text.strip_suffix("/s").unwrap_or(text)) {
+            Ok(0) => Err("nothing would ever be done at a rate of 0; `highwater jobs pause` holds a job up".to_owned()),
+            Ok(rate) => Ok(RateArg(Some(rate))),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Seconds for people.
+pub(crate) fn human_seconds(seconds: u64) -> String {
+    match seconds {
+        0..100 => format!("{seconds} s"),
+        100..5940 => format!("{} min", seconds.div_ceil(60)),
+        _ if seconds < 100 * 3600 => {
+            let minutes = seconds.div_ceil(60);
+            format!("{} h {} min", minutes / 60, minutes % 60)
+        }
+        _ => format!("{} days", seconds.div_ceil(86_400)),
+    }
+}
+
 /// Bytes for people, as qemu-img writes them: three digits that matter and a unit.
 pub(crate) fn human(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -91,6 +121,25 @@ mod tests {
             [(0, "0 B"), (10 << 20, "10 MiB"), (216 << 10, "216 KiB"), (1 << 30, "1 GiB"), (3 << 29, "1.5 GiB")]
         {
             assert_eq!(human(bytes), text);
+        }
+    }
+
+    #[test]
+    fn rates_and_times() {
+        assert_eq!(parse_rate("60M"), Ok(RateArg(Some(60 << 20))));
+        assert_eq!(parse_rate("1.5GiB/s"), Ok(RateArg(Some(3 << 29))));
+        assert_eq!(parse_rate("none"), Ok(RateArg(None)));
+        assert!(parse_rate("0").is_err() && parse_rate("/s").is_err() && parse_rate("fast").is_err());
+        for (seconds, text) in [
+            (0, "0 s"),
+            (99, "99 s"),
+            (100, "2 min"),
+            (5939, "99 min"),
+            (5940, "1 h 39 min"),
+            (359_999, "100 h 0 min"),
+            (360_000, "5 days"),
+        ] {
+            assert_eq!(human_seconds(seconds), text);
         }
     }
 }

@@ -134,13 +134,14 @@ pub(crate) async fn audit(
     let mut dice = Dice::new();
     let mut rest = ByteRange::new(0, size);
     while !rest.is_empty() {
-        progress.check()?;
+        progress.pace(0).await?;
         let step = rest.prefix(STEP);
         for Claim { range, kind } in claims(stack, since, step).await? {
             match kind {
                 Some(KindOfChange::Data) => {}
                 Some(KindOfChange::Zero | KindOfChange::Discarded) => {
                     report.zero += range.len();
+                    progress.pace(range.len()).await?;
                     let bytes = stack.disk().read(range.offset(), Buf::new(range.len() as usize)).await?;
                     if bytes.iter().any(|b| *b != 0) && still_claimed(stack, since, range, kind).await? {
                         report.fail(range);
@@ -151,6 +152,7 @@ pub(crate) async fn audit(
                     if sample.is_some_and(|percent| !dice.hits(percent)) {
                         continue;
                     }
+                    progress.pace(range.len()).await?;
                     let bytes = stack.disk().read(range.offset(), Buf::new(range.len() as usize)).await?;
                     let held = content.held(range.offset(), &bytes).await?;
                     report.checked += if held.is_some() { range.len() } else { 0 };

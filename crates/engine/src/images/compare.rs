@@ -148,7 +148,7 @@ async fn pieces(work: &Work, strict: bool, first: &Side<'_>, second: &Side<'_>) 
     let longer = if sizes.0 > sizes.1 { first } else { second };
     work.progress.set_total(all);
     while let Some(piece) = work.take(all) {
-        work.progress.check()?;
+        work.progress.pace(0).await?;
         if let Some(end) = zero_run(work, strict, (first, second, longer), common, piece).await? {
             let skipped = work.skip_to(end);
             work.progress.advance(piece.len() + skipped);
@@ -157,7 +157,7 @@ async fn pieces(work: &Work, strict: bool, first: &Side<'_>, second: &Side<'_>) 
         let requests = (0..piece.len().div_ceil(REQUEST)).map(|n| piece.skip(n * REQUEST).prefix(REQUEST));
         let mut results = stream::iter(requests)
             .map(|range| async move {
-                work.progress.check()?;
+                work.progress.pace(0).await?;
                 if range.offset() < work.bound() {
                     let both = range.intersect(ByteRange::new(0, common));
                     same(work, strict, first.stack, second.stack, both).await?;
@@ -213,6 +213,7 @@ async fn same(work: &Work, strict: bool, first: &Stack, second: &Stack, range: B
             (true, false) => only_zero_data(work, second, part).await?,
             (false, true) => only_zero_data(work, first, part).await?,
             (false, false) => {
+                work.progress.pace(part.len()).await?;
                 let (at, len) = (part.offset(), part.len() as usize);
                 let (a, b) = join(first.disk().read(at, Buf::new(len)), second.disk().read(at, Buf::new(len))).await;
                 let (a, b) = (a?, b?);
@@ -240,6 +241,7 @@ async fn only_zero(work: &Work, stack: &Stack, range: ByteRange) -> Result<(), E
 }
 
 async fn only_zero_data(work: &Work, stack: &Stack, range: ByteRange) -> Result<(), EngineError> {
+    work.progress.pace(range.len()).await?;
     let bytes = stack.disk().read(range.offset(), Buf::new(range.len() as usize)).await?;
     if !zeroes::is_zero(&bytes) {
         let same = bytes.iter().take_while(|b| **b == 0).count();

@@ -315,6 +315,16 @@ enum Bytes {
     File(FileStorage, u64),
 }
 
+impl State {
+    /// How many of the piece's bytes are moved.
+    fn bytes(&self, range: ByteRange) -> u64 {
+        match self {
+            Self::Zero => 0,
+            Self::File(..) | Self::Disk => range.len(),
+        }
+    }
+}
+
 impl Copy<'_> {
     async fn run(&self) -> Result<ConvertReport, EngineError> {
         match self.compression {
@@ -406,8 +416,8 @@ impl Copy<'_> {
     }
 
     async fn copy_piece(&self, piece: Piece) -> Result<(), EngineError> {
-        self.progress.check()?;
         let Piece { range, state } = piece;
+        self.progress.pace(state.bytes(range)).await?;
         let block = self.zero_block();
         let (buf, runs) = match state {
             State::Zero => return self.leave_zero(range).await,
@@ -614,7 +624,7 @@ impl Copy<'_> {
             .pieces()
             .map(|piece| async move {
                 let Piece { range, state } = piece?;
-                self.progress.check()?;
+                self.progress.pace(state.bytes(range)).await?;
                 let clusters = match state {
                     State::Zero => return Ok((range, None)),
                     State::File(file, offset) => {

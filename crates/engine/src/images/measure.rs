@@ -33,7 +33,7 @@ async fn of_source(
     let mut rest = ByteRange::new(0, size);
     progress.set_total(size);
     while !rest.is_empty() {
-        progress.check()?;
+        progress.pace(0).await?;
         let extent = stack.disk().map(rest).await?;
         if !extent.zero {
             match data.last_mut() {

@@ -14,6 +14,8 @@ pub(crate) mod map;
 mod measure;
 pub(crate) mod mended;
 mod progress;
+mod rate_limit;
+mod rate_meter;
 pub mod report;
 pub mod request;
 pub(crate) mod resize;
@@ -21,6 +23,7 @@ pub(crate) mod stack;
 mod watched;
 mod zeroes;
 
+pub(crate) use progress::percent;
 pub use progress::{Progress, ProgressUnit};
 
 use crate::format_policy::format_of;

@@ -81,11 +81,13 @@ async fn grow(
         ));
     }
     let step = if preallocation == PreallocationMode::Metadata { STEP_TABLES } else { STEP };
+    // Only a full preallocation writes the bytes.
+    let moved = |bytes| if preallocation == PreallocationMode::Full { bytes } else { 0 };
     progress.set_total(size - present);
     let mut at = present;
     while at < size {
         let next = (at.saturating_add(step) / 512 * 512).min(size);
-        let grown = match progress.check() {
+        let grown = match progress.pace(moved(next - at)).await {
             Ok(()) => stack.resize(next, preallocation.into()).await,
             stop => stop,
         };

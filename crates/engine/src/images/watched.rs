@@ -1,4 +1,5 @@
-//! A storage that long work goes through: it counts what is written, and fails when the work was asked to stop.
+//! A storage that long work goes through: it counts what is written, and fails when the work was asked to stop. It waits
+//! where the work is paused, and keeps to its rate.
 //!
 //! So work that knows nothing of progress (the formats' create, check and repair) stops between two requests, and
 //! nothing is written after the wish was heard: what is left on the disk is what a crash at that moment would leave.
@@ -31,11 +32,10 @@ impl Watched {
         StorageHandle::new(Self { inner: inner.clone(), progress: progress.clone(), counts: true })
     }
 
-    fn go_on(&self, operation: Operation) -> Result<()> {
-        if self.progress.is_cancelled() {
-            return Err(DiskError::new(ErrorKind::Closed, operation).because("cancelled"));
-        }
-        Ok(())
+    /// To be awaited before so many bytes are moved.
+    async fn go_on(&self, operation: Operation, bytes: u64) -> Result<()> {
+        let paced = self.progress.pace(bytes).await;
+        paced.map_err(|_| DiskError::new(ErrorKind::Closed, operation).because("cancelled"))
     }
 
     fn count(&self, bytes: u64) {
@@ -59,32 +59,32 @@ impl Storage for Watched {
     }
 
     async fn read(&self, offset: u64, buf: Buf) -> Result<Buf> {
-        self.go_on(Operation::Read)?;
+        self.go_on(Operation::Read, buf.len() as u64).await?;
         self.inner.read(offset, buf).await
     }
 
     async fn write(&self, offset: u64, buf: Buf) -> Result<Buf> {
-        self.go_on(Operation::Write)?;
         let len = buf.len() as u64;
+        self.go_on(Operation::Write, len).await?;
         let buf = self.inner.write(offset, buf).await?;
         self.count(len);
         Ok(buf)
     }
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.go_on(Operation::WriteZeroes)?;
+        self.go_on(Operation::WriteZeroes, 0).await?;
         self.inner.write_zeroes(range, mode).await
     }
 
     async fn discard(&self, range: ByteRange) -> Result<()> {
-        self.go_on(Operation::Discard)?;
+        self.go_on(Operation::Discard, 0).await?;
         self.inner.discard(range).await
     }
 
     async fn allocate(&self, range: ByteRange) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
-            self.go_on(Operation::Write)?;
+            self.go_on(Operation::Write, 0).await?;
             let part = rest.prefix(STEP);
             self.inner.allocate(part).await?;
             self.count(part.len());
@@ -94,17 +94,17 @@ impl Storage for Watched {
     }
 
     async fn sync(&self) -> Result<()> {
-        self.go_on(Operation::Flush)?;
+        self.go_on(Operation::Flush, 0).await?;
         self.inner.sync().await
     }
 
     async fn set_size(&self, size: u64) -> Result<()> {
-        self.go_on(Operation::Resize)?;
+        self.go_on(Operation::Resize, 0).await?;
         self.inner.set_size(size).await
     }
 
     async fn extent(&self, range: ByteRange) -> Result<StorageExtent> {
-        self.go_on(Operation::Map)?;
+        self.go_on(Operation::Map, 0).await?;
         self.inner.extent(range).await
     }
 }

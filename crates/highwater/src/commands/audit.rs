@@ -20,7 +20,7 @@ pub(crate) async fn run(global: &Global, args: AuditArgs) -> Outcome {
     let report: AuditReport = match daemon {
         Some(client) => {
             let (source, against) = (target::from_the_root(spec.source)?, target::from_the_root(spec.against)?);
-            jobs::perform(global, &client, &JobKind::Audit(AuditSpec { source, against, ..spec })).await?
+            jobs::perform(global, &client, &JobKind::Audit(AuditSpec { source, against, ..spec }), None).await?
         }
         None => {
             let workshop = target::workshop()?;

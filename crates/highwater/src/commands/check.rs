@@ -17,7 +17,7 @@ pub(crate) async fn run(global: &Global, args: CheckArgs) -> Outcome {
     let report: CheckReport = match target::find(global, &args.disk).await? {
         Target::Disk(client, name) => {
             let kind = JobKind::Check(spec_of_disk(&client, &name, &args).await?);
-            jobs::perform(global, &client, &kind).await?
+            jobs::perform(global, &client, &kind, None).await?
         }
         Target::File(file) => {
             let spec = CheckSpec {

@@ -29,7 +29,7 @@ async fn compare(global: &Global, args: CompareArgs) -> Outcome {
         Some(client) => {
             let (first, second) = (target::from_the_root(first)?, target::from_the_root(second)?);
             let kind = JobKind::Compare(CompareSpec { first, second, strict: args.strict });
-            jobs::perform(global, &client, &kind).await?
+            jobs::perform(global, &client, &kind, None).await?
         }
         None => {
             let spec = CompareSpec { first, second, strict: args.strict };

@@ -5,6 +5,7 @@ use crate::args::{ConvertArgs, Global};
 use crate::exit;
 use crate::output;
 use crate::progress;
+use crate::size::RateArg;
 use anyhow::anyhow;
 use api::{ConvertReport, JobKind};
 use engine::format_policy;
@@ -34,6 +35,7 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
         ("-U", args.force_share),
     ];
     let (daemon, source) = target::source(global, &args.source, how, &of_files).await?;
+    let rate = args.rate.and_then(|RateArg(rate)| rate);
     let format = args.output_format.unwrap_or_else(|| format_policy::of_new(&args.target));
     let spec = ConvertSpec {
         source,
@@ -51,11 +53,12 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
     let report: ConvertReport = match daemon {
         Some(client) => {
             let target = target::absolute(&spec.target)?;
-            jobs::perform(global, &client, &JobKind::Convert(ConvertSpec { target, ..spec })).await?
+            jobs::perform(global, &client, &JobKind::Convert(ConvertSpec { target, ..spec }), rate).await?
         }
         None => {
             let workshop = target::workshop()?;
             let progress = Progress::new();
+            progress.set_rate_limit(rate);
             progress::watch(progress.clone(), global.quiet, workshop.convert(spec, progress.clone())).await?
         }
     };

@@ -35,6 +35,7 @@ pub(crate) async fn run(global: &Global, args: DaemonArgs) -> Outcome {
             eprintln!("highwater: export {:?}: {error}", export.name);
         }
     }
+    http::resume_jobs(&engine);
     if global.wants_json() {
         output::json_line(&json!({
             "event": "ready",

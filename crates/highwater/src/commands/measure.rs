@@ -26,7 +26,7 @@ pub(crate) async fn run(global: &Global, args: MeasureArgs) -> Outcome {
     let spec =
         MeasureSpec { source, size: args.size, format: args.output_format, options: target::options(&args.options)? };
     let report: MeasureReport = match daemon {
-        Some(client) => jobs::perform(global, &client, &JobKind::Measure(spec)).await?,
+        Some(client) => jobs::perform(global, &client, &JobKind::Measure(spec), None).await?,
         None => {
             let workshop = target::workshop()?;
             let progress = Progress::new();

@@ -60,7 +60,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Views(verb) => views::run(&global, verb).await,
             Verb::Changes(args) => changes::run(&global, args).await,
             Verb::Disk(verb) => disks::run(&global, verb).await,
-            Verb::Job(verb) => jobs::run(&global, verb).await,
+            Verb::Jobs(verb) => jobs::run(&global, verb).await,
             Verb::Status => status::status(&global).await,
             Verb::Events => status::events(&global).await,
             Verb::Metrics => status::metrics(&global).await,

@@ -11,14 +11,16 @@ pub(crate) async fn status(global: &Global) -> Outcome {
     let client = target::client(global)?;
     let version = client.version().await?;
     let disks = client.disks().await?.disks;
-    let running = client.jobs().await?.jobs.iter().filter(|job| job.state == api::JobState::Running).count();
+    let jobs = client.jobs().await?.jobs;
+    let count = |state| jobs.iter().filter(|job| job.state == state).count();
+    let (running, paused) = (count(api::JobState::Running), count(api::JobState::Paused));
     let open = disks.iter().filter(|disk| disk.state == api::DiskState::Open).count();
     if global.wants_json() {
         output::json(&json!({
             "daemon": version,
             "api": client.socket(),
             "disks": { "open": open, "not-open": disks.len() - open },
-            "jobs": { "running": running },
+            "jobs": { "running": running, "paused": paused },
         }))?;
     } else {
         output::line(&format!(
@@ -30,7 +32,8 @@ pub(crate) async fn status(global: &Global) -> Outcome {
             version.io_backend
         ))?;
         output::line(&format!("disks: {open} open, {} not open", disks.len() - open))?;
-        output::line(&format!("jobs: {running} running"))?;
+        let paused = if paused > 0 { format!(", {paused} paused") } else { String::new() };
+        output::line(&format!("jobs: {running} running{paused}"))?;
     }
     Ok(exit::OK)
 }

@@ -2,10 +2,12 @@
 
 mod events;
 mod histories;
+mod jobs;
 mod routes;
 mod socket;
 mod views;
 
+pub(crate) use jobs::resume_jobs;
 pub(crate) use socket::{ApiSocket, make_private_directory};
 
 use api::ErrorBody;

@@ -1,9 +1,9 @@
 //! One function per path and method.
 
-use super::{Refusal, State, events, histories, views};
+use super::{Refusal, State, events, histories, jobs, views};
 use api::{
-    DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain, ImageInfo, JobKind,
-    JobList, JobStatus, MapQuery, MapReply, ResizeRequest, VersionInfo,
+    DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain, ImageInfo, MapQuery,
+    MapReply, ResizeRequest, VersionInfo,
 };
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{self, DefaultBodyLimit, FromRequestParts, Path};
@@ -28,8 +28,6 @@ const LARGEST_BODY: usize = 1 << 20;
 const MAP_ENTRIES: usize = 16384;
 /// How long histories are waited for when disks are shown.
 const HISTORIES_LIMIT: Duration = Duration::from_millis(500);
-/// Between two events that tell how far a job is.
-const BETWEEN_PROGRESS: Duration = Duration::from_millis(500);
 
 #[derive(OpenApi)]
 #[openapi(
@@ -106,9 +104,12 @@ fn described() -> (Router<State>, utoipa::openapi::OpenApi) {
         .routes(routes!(histories::changes))
         .routes(routes!(views::list_views))
         .routes(routes!(views::close_view))
-        .routes(routes!(list_jobs, start_job))
-        .routes(routes!(show_job, forget_job))
-        .routes(routes!(cancel_job))
+        .routes(routes!(jobs::list_jobs, jobs::start_job))
+        .routes(routes!(jobs::show_job, jobs::forget_job))
+        .routes(routes!(jobs::cancel_job))
+        .routes(routes!(jobs::pause_job))
+        .routes(routes!(jobs::resume_job))
+        .routes(routes!(jobs::set_job_rate))
         .split_for_parts();
     describe_errors(&mut document);
     (router, document)
@@ -288,59 +289,6 @@ async fn resize(
     Ok(Json(uninterrupted(change).await?))
 }
 
-/// All jobs, oldest first.
-#[utoipa::path(get, path = "/v1/jobs", tag = "jobs", responses((status = 200, body = JobList)))]
-async fn list_jobs(extract::State(state): extract::State<State>) -> Json<JobList> {
-    Json(JobList { jobs: state.engine.jobs().all() })
-}
-
-/// Starts a job: create, convert, compare, check, measure or resize of image files. Convert, compare and measure
-/// read disks of the daemon as well.
-#[utoipa::path(post, path = "/v1/jobs", tag = "jobs", request_body = JobKind,
-    responses((status = 202, body = JobStatus), (status = 400, body = ErrorBody)))]
-async fn start_job(
-    extract::State(state): extract::State<State>,
-    kind: Result<Json<JobKind>, JsonRejection>,
-) -> Answer<(StatusCode, Json<JobStatus>)> {
-    let (status, work) = state.engine.begin_job(body(kind)?)?;
-    tokio::spawn(work);
-    let (engine, id) = (state.engine, status.id);
-    tokio::spawn(async move {
-        let mut tick = tokio::time::interval(BETWEEN_PROGRESS);
-        tick.tick().await;
-        loop {
-            tick.tick().await;
-            if !engine.tell_job_progress(id) {
-                return;
-            }
-        }
-    });
-    Ok((StatusCode::ACCEPTED, Json(status)))
-}
-
-/// One job.
-#[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path, description = "The job")),
-    responses((status = 200, body = JobStatus), (status = 404, body = ErrorBody)))]
-async fn show_job(extract::State(state): extract::State<State>, Part(id): Part<u64>) -> Answer<Json<JobStatus>> {
-    Ok(Json(state.engine.jobs().show(id)?))
-}
-
-/// Forgets a job that has ended, and its result.
-#[utoipa::path(delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path, description = "The job")),
-    responses((status = 204), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-async fn forget_job(extract::State(state): extract::State<State>, Part(id): Part<u64>) -> Answer<StatusCode> {
-    state.engine.jobs().forget(id)?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-/// Asks a running job to stop; it ends as `cancelled` soon after.
-#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", tag = "jobs", params(("id" = u64, Path, description = "The job")),
-    responses((status = 204), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-async fn cancel_job(extract::State(state): extract::State<State>, Part(id): Part<u64>) -> Answer<StatusCode> {
-    state.engine.jobs().cancel(id)?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
 /// Runs a change to its end even if the client goes away in its middle.
 pub(super) async fn uninterrupted<T: Send + 'static>(
     change: impl Future<Output = Result<T, EngineError>> + Send + 'static,
@@ -364,6 +312,7 @@ fn lower(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api::JobKind;
     use serde_json::Value;
 
     #[test]
@@ -390,6 +339,9 @@ mod tests {
             "/v1/jobs",
             "/v1/jobs/{id}",
             "/v1/jobs/{id}/cancel",
+            "/v1/jobs/{id}/pause",
+            "/v1/jobs/{id}/resume",
+            "/v1/jobs/{id}/rate",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is not described");
             for (method, operation) in document["paths"][path].as_object().unwrap() {

@@ -243,7 +243,7 @@ fn jobs_do_what_the_commands_do() {
     let id = daemon.hw("--json job start job.json").ok().json()["id"].as_u64().unwrap();
     let mut status = Value::Null;
     for _ in 0..600 {
-        status = daemon.hw(&format!("--json job show {id}")).ok().json();
+        status = daemon.hw(&format!("--json jobs show {id}")).ok().json();
         if status["state"] != "running" {
             break;
         }
@@ -254,11 +254,11 @@ fn jobs_do_what_the_commands_do() {
     assert_eq!(status["result"]["virtual-size"], 24 << 20);
     daemon.place.tool("qemu-img compare a.raw b.qcow2").ok();
     assert!(status["ended"].as_u64().unwrap() >= status["started"].as_u64().unwrap());
-    let refused = daemon.hw(&format!("job cancel {id}")).code(1);
+    let refused = daemon.hw(&format!("jobs cancel {id}")).code(1);
     assert!(refused.err.contains("has ended"), "{refused:?}");
     assert_eq!(daemon.hw(&format!("--json job wait {id}")).ok().json()["state"], "done");
-    daemon.hw(&format!("job forget {id}")).ok();
-    daemon.hw(&format!("job show {id}")).code(1);
+    daemon.hw(&format!("jobs forget {id}")).ok();
+    daemon.hw(&format!("jobs show {id}")).code(1);
 }
 
 #[test]

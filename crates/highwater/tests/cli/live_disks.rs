@@ -39,7 +39,7 @@ fn a_served_disk_is_copied_compared_and_measured() {
     assert_eq!(report["first-difference"], 5 << 20);
     daemon.hw("compare d missing.raw").code(2);
     // No job is left over.
-    assert_eq!(daemon.hw("--json job list").ok().json(), json!({"jobs": []}));
+    assert_eq!(daemon.hw("--json jobs list").ok().json(), json!({"jobs": []}));
 }
 
 #[test]

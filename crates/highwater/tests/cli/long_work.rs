@@ -20,7 +20,7 @@ fn begin(daemon: &Daemon) -> u64 {
     assert_eq!(code, 202, "{text}");
     let id = serde_json::from_str::<Value>(&text).unwrap()["id"].as_u64().unwrap();
     until("the job has done something", || {
-        daemon.hw(&format!("--json job show {id}")).ok().json()["done"].as_u64().unwrap() > 0
+        daemon.hw(&format!("--json jobs show {id}")).ok().json()["done"].as_u64().unwrap() > 0
     });
     id
 }
@@ -94,10 +94,10 @@ fn jobs_are_watched_and_stopped() {
     send_signal(&events, "KILL");
     events.wait().unwrap();
 
-    let waiting = daemon.place.spawn(&format!("--api api.sock --json job wait {id}"));
-    assert!(daemon.hw(&format!("job forget {id}")).code(1).err.contains("is running"));
-    daemon.hw(&format!("job cancel {id}")).ok();
-    let stopped = ended(waiting).code(1).json();
+    let waiting = daemon.place.spawn(&format!("--api api.sock --json jobs wait {id}"));
+    assert!(daemon.hw(&format!("jobs forget {id}")).code(1).err.contains("is running"));
+    daemon.hw(&format!("jobs cancel {id}")).ok();
+    let stopped = ended(waiting).code(130).json();
     assert_eq!(stopped["state"], "cancelled", "{stopped}");
     assert!(!daemon.place.path("long.raw").exists(), "an incomplete image was left");
 }
@@ -113,7 +113,7 @@ fn progress_is_measured_in_what_is_set_aside() {
         let (code, text) = daemon.curl("POST", "/v1/jobs", Some(&job.to_string()));
         assert_eq!(code, 202, "{text}");
         let id = serde_json::from_str::<Value>(&text).unwrap()["id"].as_u64().unwrap();
-        let job = daemon.hw(&format!("--json job wait {id}")).ok().json();
+        let job = daemon.hw(&format!("--json jobs wait {id}")).ok().json();
         let (done, total) = (job["done"].as_u64().unwrap(), job["total"].as_u64().unwrap());
         assert!((size..size + (1 << 20)).contains(&total), "{job}");
         assert!(done > total - total / 100, "{job}");
@@ -127,22 +127,22 @@ fn jobs_that_the_end_interrupts_are_listed_afterwards() {
     daemon.end();
     assert!(!daemon.place.path("long.raw").exists(), "an incomplete image was left");
     daemon.start();
-    let list = daemon.hw("--json job list").ok().json();
+    let list = daemon.hw("--json jobs list").ok().json();
     let job = &list["jobs"][0];
     assert_eq!((&job["id"], &job["state"], &job["kind"]["job"]), (&json!(id), &json!("interrupted"), &json!("create")));
     assert!(job["error"].as_str().unwrap().contains("start it again"), "{job}");
-    daemon.hw(&format!("job wait {id}")).code(1);
+    daemon.hw(&format!("jobs wait {id}")).code(1);
     // A crash is no different, and no number is used twice.
     let next = begin(&daemon);
     assert!(next > id);
     daemon.server.take().unwrap().kill();
     daemon.start();
-    let list = daemon.hw("--json job list").ok().json();
+    let list = daemon.hw("--json jobs list").ok().json();
     let states: Vec<&Value> = list["jobs"].as_array().unwrap().iter().map(|job| &job["state"]).collect();
     assert_eq!(states, ["interrupted", "interrupted"]);
-    daemon.hw(&format!("job forget {id}")).ok();
-    daemon.hw(&format!("job forget {next}")).ok();
+    daemon.hw(&format!("jobs forget {id}")).ok();
+    daemon.hw(&format!("jobs forget {next}")).ok();
     daemon.end();
     daemon.start();
-    assert_eq!(daemon.hw("--json job list").ok().json(), json!({"jobs": []}));
+    assert_eq!(daemon.hw("--json jobs list").ok().json(), json!({"jobs": []}));
 }

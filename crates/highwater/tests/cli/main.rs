@@ -6,6 +6,7 @@ mod changes;
 mod daemon;
 mod freeze;
 mod images;
+mod jobs;
 mod live_disks;
 mod long_work;
 mod marks;

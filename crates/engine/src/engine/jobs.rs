@@ -1,0 +1,151 @@
+//! The engine's jobs: what each kind does, with the engine's disks or with files alone.
+
+use super::Engine;
+use crate::images::live::LiveDisk;
+use crate::jobs::{JobWork, validate_rate};
+use crate::{EngineError, Event, JobHandle, JobKind, JobState, JobStatus, Jobs, chain_text};
+use serde_json::Value;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long jobs are waited for when the daemon ends, and how often they are looked at.
+const JOBS_GRACE: Duration = Duration::from_secs(20);
+const JOBS_LOOK: Duration = Duration::from_millis(10);
+
+/// What a job does, with what comes out.
+type Work = Pin<Box<dyn Future<Output = Result<Value, EngineError>> + Send>>;
+
+impl Engine {
+    /// The jobs. What changes one is told as an event when it is done here, and not there.
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    /// Enters a job that may move so many bytes a second, or as many as it can.
+    ///
+    /// # Errors
+    /// When the description makes no sense, a file in it is the image of an open disk, or too many are running.
+    pub fn begin_job(
+        self: &Arc<Self>,
+        kind: JobKind,
+        rate_limit: Option<u64>,
+    ) -> Result<(JobStatus, JobWork), EngineError> {
+        validate_rate(rate_limit)?;
+        let ready = self.prepare_job(kind.clone())?;
+        let (status, work) = self.jobs.begin(kind, rate_limit, |handle| self.work(ready, handle))?;
+        Ok((status.clone(), self.told(status, work)))
+    }
+
+    /// Begins an interrupted job again.
+    fn begin_job_again(self: &Arc<Self>, id: u64) -> Result<(JobStatus, JobWork), EngineError> {
+        let ready = self.jobs.show(id).and_then(|job| self.prepare_job(job.kind))?;
+        let (status, work) = self.jobs.begin_again(id, |handle| self.work(ready, handle))?;
+        Ok((status.clone(), self.told(status, work)))
+    }
+
+    /// Begins all jobs again that the daemon's end has interrupted and that can go on. One whose disk is not open, or whose
+    /// file is somebody's, stays interrupted; [`resume_job`](Self::resume_job) tries again.
+    pub fn resume_jobs(self: &Arc<Self>) -> Vec<(JobStatus, JobWork)> {
+        let mut begun = Vec::new();
+        for id in self.jobs.to_begin_again() {
+            match self.begin_job_again(id) {
+                Ok(job) => begun.push(job),
+                Err(error) => tracing::warn!(job = id, error = chain_text(&error), "this job could not go on"),
+            }
+        }
+        begun
+    }
+
+    /// Holds a job up before its next piece of work.
+    ///
+    /// # Errors
+    /// As [`Jobs::pause`].
+    pub fn pause_job(&self, id: u64) -> Result<JobStatus, EngineError> {
+        let status = self.jobs.pause(id)?;
+        self.tell(Event::Job { id, state: status.state });
+        Ok(status)
+    }
+
+    /// Lets a paused job go on, or an interrupted one, which then is work to be run to its end.
+    ///
+    /// # Errors
+    /// As [`Jobs::resume`], and as [`Jobs::begin_again`] for a job that was interrupted.
+    pub fn resume_job(self: &Arc<Self>, id: u64) -> Result<(JobStatus, Option<JobWork>), EngineError> {
+        if self.jobs.show(id)?.state == JobState::Interrupted {
+            let (status, work) = self.begin_job_again(id)?;
+            return Ok((status, Some(work)));
+        }
+        let status = self.jobs.resume(id)?;
+        self.tell(Event::Job { id, state: status.state });
+        Ok((status, None))
+    }
+
+    /// Has the job tell that it has begun, and when it has ended.
+    fn told(self: &Arc<Self>, status: JobStatus, work: JobWork) -> JobWork {
+        let (id, this) = (status.id, Arc::clone(self));
+        self.tell(Event::Job { id, state: status.state });
+        Box::pin(async move {
+            work.await;
+            if let Ok(end) = this.jobs.show(id) {
+                this.tell(Event::Job { id, state: end.state });
+            }
+        })
+    }
+
+    /// Looks whether a job can be done, and finds the disks that it reads.
+    fn prepare_job(&self, mut kind: JobKind) -> Result<JobKind, EngineError> {
+        kind.validate()?;
+        kind.files_to_lock().into_iter().try_for_each(|file| self.refuse_image_of_a_disk(file, false))?;
+        for source in kind.sources_mut() {
+            if let Some(name) = &source.disk {
+                let (home, facts) = self.home(name)?;
+                let file = self.disk(name)?.spec.image.file;
+                source.live = Some(LiveDisk { home, name: name.clone(), file, size: facts.size });
+            }
+        }
+        Ok(kind)
+    }
+
+    /// What a job does. Kinds that need more of the engine than a disk to read get an arm of their own here; the part
+    /// that moves bytes runs on an I/O thread (`Home::with`), where [`Progress::pace`](crate::images::Progress::pace) can
+    /// wait.
+    fn work(self: &Arc<Self>, kind: JobKind, job: JobHandle) -> Work {
+        match kind {
+            JobKind::Create(_)
+            | JobKind::Convert(_)
+            | JobKind::Compare(_)
+            | JobKind::Audit(_)
+            | JobKind::Check(_)
+            | JobKind::Measure(_)
+            | JobKind::Resize(_) => {
+                let workshop = self.workshop();
+                Box::pin(async move { workshop.perform(kind, job.progress().clone()).await })
+            }
+        }
+    }
+
+    /// Tells how far a job is, unless it is paused; `false` when it has ended.
+    pub fn tell_job_progress(&self, id: u64) -> bool {
+        let Ok(job) = self.jobs.show(id) else { return false };
+        if job.state == JobState::Running && job.total > 0 {
+            let JobStatus { percent, done, total, unit, rate, seconds_left, .. } = job;
+            self.tell(Event::JobProgress { id, percent, done, total, unit, rate, seconds_left });
+        }
+        !job.state.has_ended()
+    }
+
+    /// Stops all jobs and waits until they have ended, or for 20 seconds.
+    pub(super) async fn end_jobs(&self) {
+        self.jobs.interrupt_all();
+        let mut waited = Duration::ZERO;
+        while self.jobs.running() > 0 && waited < JOBS_GRACE {
+            // In the blocking pool, because a job may keep an I/O thread busy.
+            dataplane::offload(|| std::thread::sleep(JOBS_LOOK)).await;
+            waited += JOBS_LOOK;
+        }
+        for job in self.jobs.all().iter().filter(|job| !job.state.has_ended()) {
+            tracing::warn!(job = job.id, "this job did not stop in time");
+        }
+    }
+}

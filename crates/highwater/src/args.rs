@@ -52,6 +52,8 @@ pub(crate) enum Verb {
     Create(CreateArgs),
     /// Show an image's facts
     Info(InfoArgs),
+    /// Show which images depend on which, as a picture
+    Tree(TreeArgs),
     /// Show which ranges of a disk hold data
     Map(MapArgs),
     /// Check an image's metadata, and mend it with --repair
@@ -153,6 +155,25 @@ pub(crate) struct InfoArgs {
     /// The file of the image's history [default: beside the image, with .history behind its name]
     #[arg(long, value_name = "FILE")]
     pub(crate) history_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TreeArgs {
+    /// Files, or names of disks of the daemon; all of the daemon's disks when absent
+    #[arg(value_name = "DISK")]
+    pub(crate) disks: Vec<PathBuf>,
+    /// The files' format; by their extension when absent
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+    pub(crate) format: Option<Format>,
+    /// Read the files though somebody writes to them
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    /// Write the picture into a file
+    #[arg(short = 'o', long, value_name = "FILE.svg|FILE.png")]
+    pub(crate) picture: Option<PathBuf>,
+    /// Draw with ASCII alone, as is done where the locale is not UTF-8
+    #[arg(long)]
+    pub(crate) ascii: bool,
 }
 
 #[derive(Debug, Args)]
@@ -755,6 +776,8 @@ mod tests {
             "info --json disk1 --api /x/api.sock",
             "info --output=json a.raw",
             "map -f qcow2 a",
+            "tree",
+            "tree a b -o x.svg --ascii",
             "check --repair leaks a.qcow2",
             "check -r all a.qcow2",
             "measure -O qcow2 a.raw",

@@ -10,6 +10,7 @@ mod http;
 mod output;
 mod progress;
 mod size;
+mod tree_picture;
 
 use args::Cli;
 use args::Verb;

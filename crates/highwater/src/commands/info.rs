@@ -151,7 +151,7 @@ pub(super) fn history_text(history: &HistoryReport) -> String {
 }
 
 /// A moment, given in seconds since 1970, in UTC.
-pub(super) fn date(seconds: u64) -> String {
+pub(crate) fn date(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     // Years begin in March, so that leap days come last; 400 years have 146,097 days.
     let days = days + 719_468;

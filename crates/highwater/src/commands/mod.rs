@@ -19,7 +19,10 @@ mod resize;
 mod serve;
 mod status;
 mod target;
+mod tree;
 mod views;
+
+pub(crate) use info::date;
 
 use crate::args::{Cli, Verb};
 use crate::exit::{self, Failure};
@@ -46,6 +49,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         match verb {
             Verb::Create(args) => create::run(&global, args).await,
             Verb::Info(args) => info::run(&global, args).await,
+            Verb::Tree(args) => tree::run(&global, args).await,
             Verb::Map(args) => map::run(&global, args).await,
             Verb::Check(args) => check::run(&global, args).await,
             Verb::Convert(args) => convert::run(&global, args).await,

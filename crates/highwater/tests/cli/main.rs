@@ -14,4 +14,5 @@ mod safety;
 mod scripted_agent;
 mod serve;
 mod support;
+mod tree;
 mod views;

@@ -46,7 +46,7 @@ pub(crate) fn text(disks: &[DiskStatus], exports: &[ExportCounters], jobs: usize
             }
         }
     }
-    head(&mut text, "highwater_jobs_running", "gauge", "Jobs at work.");
+    head(&mut text, "highwater_jobs_running", "gauge", "Jobs that have not ended, paused ones among them.");
     let _ = writeln!(text, "highwater_jobs_running {jobs}");
 
     head(&mut text, "highwater_io_threads", "gauge", "I/O threads.");

@@ -7,6 +7,7 @@ use crate::types::{
 use engine::history::report::{ChangesReport, HistoryReport, MarkReport};
 use engine::history::{MarkSpec, ViewReport};
 use engine::images::report::ImageInfo;
+use engine::linkage::ChainReport;
 use engine::{DiskSpec, DiskStatus, Event, ExportSpec, ExportStatus, JobKind, JobStatus};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
@@ -154,6 +155,11 @@ impl Client {
     pub async fn chain(&self, disk: &str) -> Result<Vec<ImageInfo>> {
         let ImageChain { images } = self.get(&disk_path(disk, "/chain")).await?;
         Ok(images)
+    }
+
+    /// The layers of a disk's chain, how they fit, and who else depends on them.
+    pub async fn linkage(&self, disk: &str) -> Result<ChainReport> {
+        self.get(&disk_path(disk, "/linkage")).await
     }
 
     /// A part of a disk's map.

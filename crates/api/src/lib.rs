@@ -15,6 +15,9 @@ pub use engine::images::report::{
     BitmapInfo, CheckReport, CompareReport, ConvertReport, FormatSpecific, ImageInfo, MapEntry, MeasureReport,
     Qcow2Info, SnapshotInfo,
 };
+pub use engine::linkage::{
+    ChainReport, ChildReport, ChildState, FaultKind, HashReport, LayerReport, LinkReport, LinkState, SnapshotFacts,
+};
 pub use engine::{
     CacheMode, DiskSpec, DiskState, DiskStatus, Event, ExportSpec, ExportStatus, Format, ImageSpec, JobKind, JobState,
     JobStatus, TlsSpec,

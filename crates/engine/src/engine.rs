@@ -13,6 +13,7 @@ use crate::images::request::{NewSize, PreallocationMode, SourceSpec};
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{self, Progress, Workshop};
 use crate::jobs::Jobs;
+use crate::linkage::{self, ChainReport, LinkageUse};
 use crate::metrics::{self, ExportCounters};
 use crate::{
     Catalogue, DiskSpec, DiskState, DiskStatus, EngineError, Event, ExportSpec, ExportStatus, Format, ImageSpec,
@@ -236,6 +237,7 @@ impl Engine {
                         force_share: false,
                         cache: spec.cache,
                         history: HistoryUse::Kept(spec.history),
+                        linkage: LinkageUse::Enforced,
                     };
                     Stack::open(&request).await
                 },
@@ -564,6 +566,16 @@ impl Engine {
             Ok(all)
         })
         .await
+    }
+
+    /// The layers of the disk's chain, how they fit as their files are now, and who else depends on them.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchDisk`], or when an image cannot be read.
+    pub async fn linkage(&self, name: &str) -> Result<ChainReport, EngineError> {
+        let (home, _) = self.home(name)?;
+        let name = name.to_owned();
+        home.with(move |stack| async move { linkage::report_of_stack(&stack, &name, true, true).await }).await
     }
 
     /// Runs of bytes of the disk, up to `most`; and where to ask on, when there are more.

@@ -1,5 +1,6 @@
 //! What can go wrong in the control path.
 
+use crate::linkage::LinkFault;
 use disk::DiskError;
 use std::fmt;
 use std::fs::FileType;
@@ -248,6 +249,32 @@ pub enum EngineError {
         /// Why.
         source: tracking::HistoryError,
     },
+    /// A parent is not what its child was bound to.
+    #[error("{0}")]
+    Linkage(Box<LinkFault>),
+    /// Nothing proves that a faulty link is sound.
+    #[error("{fault}; {}", if *differs {
+        "the hash of its content is not the recorded one, so it holds something else"
+    } else {
+        "no hash was recorded of what the child was bound to, so nothing can prove that it is the same"
+    })]
+    Unproven {
+        /// The link.
+        fault: Box<LinkFault>,
+        /// Whether a hash was recorded, and it is another.
+        differs: bool,
+    },
+    /// An image that is to be written to is the parent of others.
+    #[error("{}: is the parent of {}{}, which would show something else if it were written to", image.display(),
+        child.display(), match others { 0 => String::new(), n => format!(" and {n} more") })]
+    HasChildren {
+        /// The image.
+        image: PathBuf,
+        /// A child.
+        child: PathBuf,
+        /// How many more there are.
+        others: usize,
+    },
     /// An I/O thread ended.
     #[error("an i/o thread has ended; restart the daemon")]
     ThreadGone,
@@ -346,7 +373,10 @@ impl EngineError {
             | Self::TooManyJobs(_)
             | Self::ExportExists { .. }
             | Self::SocketDiffers { .. }
-            | Self::TlsDiffers { .. } => ErrorClass::Conflict,
+            | Self::TlsDiffers { .. }
+            | Self::Linkage(_)
+            | Self::Unproven { .. }
+            | Self::HasChildren { .. } => ErrorClass::Conflict,
             Self::HeldByDisk { .. } => ErrorClass::InUse,
             Self::BadName(_)
             | Self::WhichExport(_)
@@ -398,6 +428,23 @@ impl EngineError {
 impl EngineError {
     /// What to do next, where that is known and not part of the text.
     pub fn next_step(&self) -> Option<String> {
+        match self {
+            Self::Linkage(fault) => return Some(fault.next_step()),
+            Self::Unproven { fault, .. } => {
+                let child = fault.child.display();
+                return Some(format!(
+                    "put the right parent back, or bind the child to the parent as it is with `highwater chain accept {child}`"
+                ));
+            }
+            Self::HasChildren { image, child, .. } => {
+                let (image, child) = (image.display(), child.display());
+                return Some(format!(
+                    "write to a new image over it instead; or give the child another parent (`highwater chain rebase {child}`), \
+                     remove it, or forget it (`highwater chain forget {image} {child}`)"
+                ));
+            }
+            _ => {}
+        }
         if let Self::History { source, .. } = self {
             let step = match source {
                 HistoryError::Refused { .. } => {

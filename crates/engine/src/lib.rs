@@ -28,10 +28,12 @@ mod job_position;
 mod job_records;
 mod job_status;
 mod jobs;
+pub mod linkage;
 mod metrics;
 mod socket_access;
 mod spec;
 mod status;
+mod utc;
 
 pub use catalogue::Catalogue;
 pub use engine::{Engine, EngineConfig};
@@ -44,6 +46,7 @@ pub use jobs::{JobWork, Jobs};
 pub use socket_access::SocketAccess;
 pub use spec::{CacheMode, DiskSpec, ExportSpec, Format, ImageSpec, TlsSpec, name_of_file, validate_name};
 pub use status::{DiskState, DiskStatus, Event, ExportStatus};
+pub use utc::utc_text;
 
 /// What I/O threads run on.
 pub use dataplane::Backend;

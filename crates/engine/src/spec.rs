@@ -39,6 +39,15 @@ impl From<Format> for formats::Format {
     }
 }
 
+impl From<formats::Format> for Format {
+    fn from(format: formats::Format) -> Self {
+        match format {
+            formats::Format::Raw => Self::Raw,
+            formats::Format::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

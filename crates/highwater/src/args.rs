@@ -83,6 +83,9 @@ pub(crate) enum Verb {
     Views(ViewsVerb),
     /// Show what changed on a disk since a mark
     Changes(ChangesArgs),
+    /// Work with the chain of images that a disk is made of
+    #[command(subcommand)]
+    Chain(ChainVerb),
     /// Work with the daemon's disks
     #[command(subcommand)]
     Disk(DiskVerb),
@@ -511,6 +514,63 @@ pub(crate) enum MarksVerb {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum ChainVerb {
+    /// Show the images of a chain, how they fit, and which others depend on them
+    Show {
+        #[command(flatten)]
+        disk: DiskArg,
+    },
+    /// Verify that every parent is what its child was bound to
+    Verify {
+        #[command(flatten)]
+        disk: DiskArg,
+        /// Hash what the parents show as well: compare it with what was recorded, or record it
+        #[arg(long)]
+        hash: bool,
+    },
+    /// Bind the images of a chain to their parents as they are now: on your word that they are right
+    Accept {
+        /// The file of the disk; nobody uses it
+        file: PathBuf,
+        /// The file's format; by its extension when absent
+        #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+        format: Option<Format>,
+    },
+    /// Name another parent, and copy into the image what would show differently over it
+    Rebase {
+        /// The file of the disk; nobody uses it
+        file: PathBuf,
+        /// The file's format; by its extension when absent
+        #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+        format: Option<Format>,
+        /// The parent's name, seen from the image's directory; an empty one for no parent
+        #[arg(short = 'b', long = "backing", value_name = "PARENT")]
+        parent: String,
+        /// The parent's format
+        #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", value_parser = choices::format())]
+        parent_format: Option<Format>,
+        /// Change the name alone, whatever shows through then
+        #[arg(short = 'u', long = "unsafe")]
+        name_only: bool,
+    },
+    /// Prove faulty links sound by recorded hashes, and bind the images again
+    Repair {
+        /// The file of the disk; nobody uses it
+        file: PathBuf,
+        /// The file's format; by its extension when absent
+        #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+        format: Option<Format>,
+    },
+    /// Forget that an image was made over another, so that the parent can be written to
+    Forget {
+        /// The parent's file
+        parent: PathBuf,
+        /// The child's file
+        child: PathBuf,
+    },
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ChangesArgs {
     /// A file, or the name of a disk of the daemon
@@ -814,6 +874,12 @@ mod tests {
             "changes a --since x --until y --json",
             "changes a --since x --chart --picture a.png",
             "changes a --since x --summary",
+            "chain show a",
+            "chain verify a.qcow2 --hash --json",
+            "chain accept a.qcow2",
+            "chain rebase a.qcow2 -b base.raw -F raw -u",
+            "chain repair a.qcow2",
+            "chain forget base.qcow2 a.qcow2",
             "completions bash",
             "freeze-guard /s --limit 500 --connect-limit 1 --freeze-limit 2",
         ] {

@@ -14,6 +14,8 @@ pub(crate) const USAGE: u8 = 2;
 pub(crate) const DIFFERENT: u8 = 1;
 /// `compare`: failed.
 pub(crate) const COMPARE_FAILED: u8 = 2;
+/// `chain verify`: a parent is not what its child was bound to.
+pub(crate) const LINK_FAULT: u8 = 2;
 /// `check`: the format has nothing to check.
 pub(crate) const CHECK_UNSUPPORTED: u8 = 63;
 /// Stopped by Ctrl-C.

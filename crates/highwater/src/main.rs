@@ -30,10 +30,11 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no errors; 2 would mean a corrupt image to who runs `check`.
+            // Help and version are no errors; 2 would mean a corrupt image to who runs `check`, and a fault to who runs
+            // `chain verify`.
             let code = match error.use_stderr() {
                 false => exit::OK,
-                true if is_check(&args) => exit::FAILED,
+                true if is_verdict(&args) => exit::FAILED,
                 true => exit::USAGE,
             };
             let _ = error.print();
@@ -50,8 +51,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether the verb is `check`, in a command line that was not understood.
-fn is_check(args: &[OsString]) -> bool {
+/// Whether the verb is `check` or of `chain`, in a command line that was not understood.
+fn is_verdict(args: &[OsString]) -> bool {
     let mut words = args.iter().skip(1).map(|arg| arg.to_string_lossy());
     while let Some(word) = words.next() {
         match &*word {
@@ -59,7 +60,7 @@ fn is_check(args: &[OsString]) -> bool {
                 words.next();
             }
             word if word.starts_with('-') => {}
-            word => return word == "check",
+            word => return word == "check" || word == "chain",
         }
     }
     false

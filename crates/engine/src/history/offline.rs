@@ -7,6 +7,7 @@ use super::{HistorySpec, sidecar_of};
 use crate::images::request::SourceSpec;
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{Workshop, closing, offload_format};
+use crate::linkage::LinkageUse;
 use crate::{EngineError, Format};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -31,6 +32,8 @@ pub(super) async fn open(source: &HistorySource, writable: bool) -> Result<Rc<St
     let request = OpenRequest {
         writable,
         history: HistoryUse::Kept(source.history.clone()),
+        // What is asked for is in the history, which judges by itself whether the chain is the one that it speaks of.
+        linkage: if writable { LinkageUse::Enforced } else { LinkageUse::Told },
         ..OpenRequest::reading(source.file.clone(), format)
     };
     Ok(Rc::new(Stack::open(&request).await?))

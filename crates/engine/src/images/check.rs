@@ -7,6 +7,7 @@ use super::request::{CheckSpec, RepairMode};
 use super::stack::{HistoryUse, OpenRequest, Stack};
 use super::watched::Watched;
 use super::{Progress, ProgressUnit, offload_format};
+use crate::linkage::{self, LinkReport};
 use crate::{EngineError, Format, history};
 use chain::{Access, OpenGate};
 use disk::StorageHandle;
@@ -35,6 +36,9 @@ pub(crate) async fn check(spec: CheckSpec, progress: &Progress) -> Result<CheckR
     let format = offload_format(spec.file.clone(), spec.format).await?;
     if format == Format::Raw {
         return Err(EngineError::Unsupported(format!("{}: raw images have no metadata to check", spec.file.display())));
+    }
+    if spec.repair.is_some() {
+        linkage::refuse_parent(&spec.file).await?;
     }
     if spec.repair.is_some() && history::may_be_parked(spec.file.clone()).await {
         put_back_parked(&spec, format).await;
@@ -111,7 +115,9 @@ async fn examine(
     if found.findings_omitted > 0 {
         findings.push(format!("and {} more", found.findings_omitted));
     }
+    let link = linkage::link_report(&spec.file, &header, spec.force_share).await;
     Ok(CheckReport {
+        link_fault: link.and_then(|link: LinkReport| link.text),
         filename: spec.file.display().to_string(),
         format: format.name().to_owned(),
         check_errors: found.check_errors,

@@ -9,7 +9,7 @@ use super::gate::FileGate;
 use super::request::{BackingSpec, CreateSpec, Options, PreallocationMode};
 use super::stack::{OpenRequest, Stack};
 use super::watched::Watched;
-use crate::{EngineError, Format, history};
+use crate::{EngineError, Format, history, linkage};
 use chain::{Access, OpenGate};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation, Preallocation, StorageHandle};
 use formats::qcow2::{self, BackingRef, CreateOptions};
@@ -42,6 +42,7 @@ pub(crate) async fn create(spec: &CreateSpec) -> Result<Created, EngineError> {
 /// Makes an image; `progress` counts what is set aside, and may stop the work.
 pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Result<Created, EngineError> {
     refuse_options_with_a_place_of_their_own(spec)?;
+    linkage::refuse_parent(&spec.file).await?;
     let size = decide_size(spec).await?;
     let plan = match spec.format {
         Format::Raw => Plan::Raw(raw_preallocation(spec)?),
@@ -64,11 +65,16 @@ pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Re
             fill_qcow2(&image.storage, data_file.as_ref().map(|d| &d.storage), options, progress).await
         }
     };
+    let result = match result {
+        Ok(created) => bind(spec, &image, data_file.as_ref()).await.map(|()| created),
+        failed => failed,
+    };
     match result {
         Ok(created) => {
             if image.made.is_none() {
                 history::forget_parked(spec.file.clone()).await;
                 remove_history_of_replaced(&spec.file).await;
+                linkage::remove_of_replaced(spec.file.clone()).await;
             }
             Ok(created)
         }
@@ -80,6 +86,14 @@ pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Re
             Err(if progress.is_cancelled() { EngineError::Cancelled } else { error })
         }
     }
+}
+
+/// Binds a new image to its parent, unless that is not to be opened: then it is bound when it is first written to.
+async fn bind(spec: &CreateSpec, image: &Target, data_file: Option<&Target>) -> Result<(), EngineError> {
+    let Some(backing) = spec.backing.as_ref().filter(|_| !spec.unsafe_backing) else { return Ok(()) };
+    let parent = seen_from(&spec.file, &backing.file);
+    let data_file = data_file.map(|data_file| &data_file.storage);
+    linkage::bind_new_child(&spec.file, &image.storage, data_file, &parent, backing.format).await
 }
 
 /// Removes the history of an image that is no more, if it has one beside it.

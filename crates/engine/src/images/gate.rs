@@ -113,7 +113,8 @@ fn with_next_step(error: DiskError, options: &OpenOptions) -> DiskError {
 }
 
 impl FileGate {
-    async fn open_file(&self, path: &Path, access: Access) -> Result<FileStorage> {
+    /// Opens a file whose own face is needed as well.
+    pub(crate) async fn open_file(&self, path: &Path, access: Access) -> Result<FileStorage> {
         let options = OpenOptions {
             read_only: access == Access::ReadOnly,
             cache: self.cache.into(),

@@ -5,7 +5,7 @@ use super::offload_format;
 use super::report::{BitmapInfo, FormatSpecific, ImageInfo, Qcow2Info, SnapshotInfo};
 use super::request::{Options, SourceSpec};
 use super::stack::Stack;
-use crate::{EngineError, Format};
+use crate::{EngineError, Format, linkage};
 use chain::{Access, OpenGate};
 use disk::{StorageHandle, StorageId};
 use formats::qcow2::{
@@ -38,9 +38,13 @@ pub(crate) async fn info(source: &SourceSpec) -> Result<ImageInfo, EngineError> 
         snapshots: Vec::new(),
         format_specific: None,
         history: None,
+        content: None,
+        link: None,
     };
     if format == Format::Qcow2 {
-        of_qcow2(&mut info, &source.file, &storage).await?;
+        let header = of_qcow2(&mut info, &source.file, &storage).await?;
+        info.content = header.identity().content.map(|id| id.to_string());
+        info.link = linkage::link_report(&source.file, &header, source.force_share).await;
     }
     Ok(info)
 }
@@ -86,7 +90,7 @@ async fn occupied(file: PathBuf) -> Result<u64, EngineError> {
     .await
 }
 
-async fn of_qcow2(info: &mut ImageInfo, file: &Path, storage: &StorageHandle) -> Result<(), EngineError> {
+async fn of_qcow2(info: &mut ImageInfo, file: &Path, storage: &StorageHandle) -> Result<Header, EngineError> {
     let header = Header::read(storage).await?;
     let v3 = header.version >= 3;
     info.virtual_size = header.size;
@@ -143,7 +147,7 @@ async fn of_qcow2(info: &mut ImageInfo, file: &Path, storage: &StorageHandle) ->
             })
             .collect(),
     }));
-    Ok(())
+    Ok(header)
 }
 
 /// A name in an image as a path: relative names are seen from the image's directory.

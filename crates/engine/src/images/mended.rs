@@ -4,6 +4,7 @@
 //! back is no change that a guest sees, and the marks stay trusted; after anything else they are refused.
 
 use super::stack::{HistoryUse, OpenRequest, Stack};
+use crate::linkage::LinkageUse;
 use crate::{Format, chain_text};
 use disk::HistoryMark;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ impl Mended {
         let request = OpenRequest {
             force_share: true,
             history: HistoryUse::Mended(history),
+            // It is about the image, whatever its parents are.
+            linkage: LinkageUse::Ignored,
             ..OpenRequest::reading(file.to_owned(), format)
         };
         let stack = Stack::open(&request).await.inspect_err(|error| {

@@ -27,6 +27,7 @@ pub(crate) use progress::percent;
 pub use progress::{Progress, ProgressUnit};
 
 use crate::format_policy::format_of;
+use crate::linkage::LinkageUse;
 use crate::{EngineError, Format, JobKind};
 use dataplane::{Backend, IoThread, IoThreads, IoThreadsConfig};
 use disk::ByteRange;
@@ -99,7 +100,7 @@ impl Workshop {
     /// When the image or one below it cannot be read.
     pub async fn map(&self, source: SourceSpec, range: ByteRange) -> Result<Vec<MapEntry>, EngineError> {
         self.run(move || async move {
-            let stack = open_source(&source).await?;
+            let stack = open_source_with(&source, LinkageUse::Told).await?;
             let result = map::map(&stack, range, usize::MAX).await;
             closing(&stack, result.map(|(entries, _)| entries)).await
         })
@@ -171,6 +172,10 @@ pub(crate) async fn offload_format(file: PathBuf, given: Option<Format>) -> Resu
 
 /// Opens a source for reading.
 pub(crate) async fn open_source(source: &SourceSpec) -> Result<Stack, EngineError> {
+    open_source_with(source, LinkageUse::Enforced).await
+}
+
+async fn open_source_with(source: &SourceSpec, linkage: LinkageUse) -> Result<Stack, EngineError> {
     match (&source.live, &source.disk) {
         (Some(live), _) => return Ok(Stack::live(live)),
         (None, Some(disk)) => {
@@ -183,6 +188,7 @@ pub(crate) async fn open_source(source: &SourceSpec) -> Result<Stack, EngineErro
     request.image.snapshot.clone_from(&source.snapshot);
     request.force_share = source.force_share;
     request.cache = source.cache;
+    request.linkage = linkage;
     Stack::open(&request).await
 }
 

@@ -2,6 +2,7 @@
 
 use crate::Format;
 use crate::history::report::HistoryReport;
+use crate::linkage::LinkReport;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -43,6 +44,12 @@ pub struct ImageInfo {
     /// The history that is kept beside it, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history: Option<HistoryReport>,
+    /// The id of its content, if it bears one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+    /// How it fits its parent, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkReport>,
 }
 
 /// What only one format has.
@@ -189,6 +196,9 @@ pub struct CheckReport {
     /// What is wrong, in words, up to a bound.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub findings: Vec<String>,
+    /// That its parent is not what it was bound to, in words; it is no matter of the image's own metadata.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_fault: Option<String>,
 }
 
 fn is_zero(n: &u64) -> bool {

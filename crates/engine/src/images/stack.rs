@@ -3,7 +3,8 @@
 use super::gate::{FileGate, FileId, RecordingGate};
 use super::live::LiveDisk;
 use crate::history::{HistorySpec, Kept};
-use crate::{CacheMode, EngineError, Format, ImageSpec, history};
+use crate::linkage::{self, LinkageUse};
+use crate::{CacheMode, EngineError, Format, ImageSpec, chain_text, history};
 use chain::{Chain, LayerInfo, ParentSpec, StackSpec};
 use disk::{Disk, DiskHandle, LayerHandle, Preallocation, StorageHandle};
 use formats::raw::{self, RawLayer};
@@ -40,6 +41,7 @@ pub(crate) struct OpenRequest {
     pub(crate) force_share: bool,
     pub(crate) cache: CacheMode,
     pub(crate) history: HistoryUse,
+    pub(crate) linkage: LinkageUse,
 }
 
 impl OpenRequest {
@@ -52,6 +54,7 @@ impl OpenRequest {
             force_share: false,
             cache: CacheMode::default(),
             history: HistoryUse::None,
+            linkage: LinkageUse::default(),
         }
     }
 }
@@ -80,6 +83,9 @@ impl Stack {
     pub(crate) async fn open_beside(request: &OpenRequest, kept: &[FileId]) -> Result<Self, EngineError> {
         let mut spec = stack_spec(&request.image, Some(request.format))?;
         spec.read_only = !request.writable;
+        if request.writable && request.linkage != LinkageUse::Ignored {
+            linkage::refuse_parent(&request.image.file).await?;
+        }
         let gate = FileGate { cache: request.cache, force_share: request.force_share };
         let gate = RecordingGate::new(gate, kept);
         let opened = chain::open(&spec, &gate).await.map_err(|error| {
@@ -93,6 +99,10 @@ impl Stack {
         });
         let chain = Rc::new(opened?);
         let files = gate.into_opened();
+        if let Err(error) = verify(request, &chain, &files).await {
+            chain.close().await?;
+            return Err(error);
+        }
         let history = match open_history(request, &chain, &files).await {
             Ok(history) => history,
             Err(error) => {
@@ -191,6 +201,28 @@ impl Stack {
         }
         Ok(self.disk.close().await?)
     }
+}
+
+/// Verifies the links of a chain that has just been opened. Nothing is written to it before.
+async fn verify(request: &OpenRequest, chain: &Chain, files: &[FileStorage]) -> Result<(), EngineError> {
+    if request.linkage == LinkageUse::Ignored {
+        return Ok(());
+    }
+    // Beside a writer times may be any.
+    let checked = linkage::verify_stack(chain, files, !request.force_share, false).await?;
+    match linkage::refuse_faults(&checked) {
+        Ok(()) => {}
+        Err(fault) if request.linkage == LinkageUse::Told => {
+            tracing::warn!("{}", chain_text(&fault));
+            return Ok(());
+        }
+        Err(fault) => return Err(fault),
+    }
+    // A parent that the description names instead is one for this opening.
+    if request.writable && request.image.parent.is_none() {
+        linkage::bind_opened(chain, &checked).await;
+    }
+    Ok(())
 }
 
 /// The history of a stack that has just been opened, or why it has none.

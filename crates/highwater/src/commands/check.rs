@@ -107,6 +107,9 @@ fn print(report: &CheckReport) -> anyhow::Result<()> {
             "the image is marked as corrupt: nobody writes to it until the mark is taken away with --repair all",
         )?;
     }
+    if let Some(fault) = &report.link_fault {
+        output::line(&format!("its metadata aside: {fault}"))?;
+    }
     if let (Some(allocated), Some(total)) = (report.allocated_clusters, report.total_clusters)
         && total > 0
     {

@@ -201,5 +201,5 @@ fn text(mark: &MarkReport) -> String {
 
 /// A moment, given in milliseconds since 1970, in UTC.
 pub(crate) fn date_of(ms: u64) -> String {
-    info::date(ms / 1000)
+    engine::utc_text(ms / 1000)
 }

@@ -2,6 +2,7 @@
 
 mod attach;
 mod audit;
+mod chain;
 mod changes;
 mod check;
 mod compare;
@@ -22,7 +23,6 @@ mod target;
 mod tree;
 mod views;
 
-pub(crate) use info::date;
 
 use crate::args::{Cli, Verb};
 use crate::exit::{self, Failure};
@@ -63,6 +63,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Marks(verb) => marks::run(&global, verb).await,
             Verb::Views(verb) => views::run(&global, verb).await,
             Verb::Changes(args) => changes::run(&global, args).await,
+            Verb::Chain(verb) => chain::run(&global, verb).await,
             Verb::Disk(verb) => disks::run(&global, verb).await,
             Verb::Jobs(verb) => jobs::run(&global, verb).await,
             Verb::Status => status::status(&global).await,

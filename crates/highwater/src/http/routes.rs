@@ -2,8 +2,8 @@
 
 use super::{Refusal, State, events, histories, jobs, views};
 use api::{
-    DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain, ImageInfo, MapQuery,
-    MapReply, ResizeRequest, VersionInfo,
+    ChainReport, DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain,
+    ImageInfo, MapQuery, MapReply, ResizeRequest, VersionInfo,
 };
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{self, DefaultBodyLimit, FromRequestParts, Path};
@@ -95,6 +95,7 @@ fn described() -> (Router<State>, utoipa::openapi::OpenApi) {
         .routes(routes!(map))
         .routes(routes!(info))
         .routes(routes!(chain))
+        .routes(routes!(linkage))
         .routes(routes!(resize))
         .routes(routes!(histories::take_mark))
         .routes(routes!(histories::history))
@@ -272,6 +273,15 @@ async fn info(extract::State(state): extract::State<State>, Part(name): Part<Str
     responses((status = 200, body = ImageChain), (status = 404, body = ErrorBody)))]
 async fn chain(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<Json<ImageChain>> {
     Ok(Json(ImageChain { images: state.engine.info_of_chain(&name).await? }))
+}
+
+/// The layers of a disk's chain, whether each is what the one above it was bound to, as their files are now, and which
+/// other images depend on them.
+#[utoipa::path(get, path = "/v1/disks/{name}/linkage", tag = "disks",
+    params(("name" = String, Path, description = "The disk")),
+    responses((status = 200, body = ChainReport), (status = 404, body = ErrorBody)))]
+async fn linkage(extract::State(state): extract::State<State>, Part(name): Part<String>) -> Answer<Json<ChainReport>> {
+    Ok(Json(state.engine.linkage(&name).await?))
 }
 
 /// Changes a disk's size. New connections see it.

@@ -9,7 +9,7 @@ pub(crate) mod png_file;
 pub(crate) mod svg;
 pub(crate) mod text;
 
-use crate::commands::date;
+use engine::utc_text;
 use crate::size::human;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -268,7 +268,7 @@ impl Forest {
             say(format!("disk {}", names.join(", ")), Health::Sound);
         }
         if let Some(Snapshot { name, time, consistency }) = &layer.snapshot {
-            let time = time.map(|time| format!(", {}", date(time))).unwrap_or_default();
+            let time = time.map(|time| format!(", {}", utc_text(time))).unwrap_or_default();
             let worth = consistency.as_ref().map(|worth| format!(", {worth}-consistent")).unwrap_or_default();
             say(format!("snapshot {name:?}{time}{worth}"), Health::Sound);
         }

@@ -138,7 +138,7 @@ impl fmt::Display for LinkFault {
             (None, None) => {}
             (expected, _) => {
                 write!(f, "; content {} expected, {} found", id_text(expected), id_text(found.content))?;
-                if let Some(lapsed) = found.lapsed {
+                if let Some(lapsed) = found.lapsed.filter(|lapsed| Some(*lapsed) != expected) {
                     write!(f, " (it was {lapsed} before)")?;
                 }
             }
@@ -154,10 +154,10 @@ impl fmt::Display for LinkFault {
 impl LinkFault {
     /// What to do next.
     pub fn next_step(&self) -> String {
-        let child = self.child.display();
         format!(
-            "put the right parent back; or prove it sound with `highwater chain repair {child}`, name another one with \
-             `highwater chain rebase {child}`, or bind the child to the parent as it is with `highwater chain accept {child}`"
+            "put the right parent back; or give `highwater chain repair {}`, which proves that it is sound, `chain rebase` for \
+             another parent, or `chain accept` to take it as it is",
+            self.child.display()
         )
     }
 
@@ -280,6 +280,6 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} in {text:?}");
         }
-        assert!(fault.next_step().contains("chain accept c.qcow2"));
+        assert!(fault.next_step().contains("chain repair c.qcow2"));
     }
 }

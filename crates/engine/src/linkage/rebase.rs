@@ -19,7 +19,7 @@ use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{Progress, Workshop, closing, offload_format};
 use crate::{EngineError, Format, chain_text};
 use chain::{Access, OpenGate};
-use disk::{Buf, ByteRange, WriteFlags, ZeroMode};
+use disk::{Below, Buf, ByteRange, DiskError, ErrorKind, Operation, WriteFlags, ZeroMode};
 use formats::qcow2::{self, BackingRef, Header};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -234,13 +234,39 @@ async fn copy_part(child: &Stack, new: Option<&Stack>, below: u64, part: ByteRan
             continue;
         }
         match old.iter().all(|byte| *byte == 0) {
-            true => {
-                child
-                    .disk()
-                    .write_zeroes(range, ZeroMode { unmap: true, fast_only: false }, WriteFlags::default())
-                    .await?
-            }
+            true => zero(child, range).await?,
             false => child.disk().write(range.offset(), Buf::copy_of(old), WriteFlags::default()).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Has the image itself say that the range is zero, whatever is below it.
+async fn zero(child: &Stack, range: ByteRange) -> Result<(), EngineError> {
+    let mode = ZeroMode { unmap: true, fast_only: false };
+    child.disk().write_zeroes(range, mode, WriteFlags::default()).await?;
+    // Where nothing but zeroes is below, the disk leaves it at that; but something else is to come there.
+    let layers = child.chain().layers();
+    let layer = &layers[0].handle;
+    let (unit, size) = (layer.geometry().unit, layer.geometry().size);
+    let mut rest = range;
+    while !rest.is_empty() {
+        let part = layer.map(rest).await?;
+        rest = rest.skip(part.range.len());
+        if !part.is_absent() {
+            continue;
+        }
+        let whole = |at: u64| at.is_multiple_of(unit) || at == size;
+        let zeroed = match whole(part.range.offset()) && whole(part.range.end()) {
+            true => layer.write_zeroes(part.range, Below::Parent, mode).await,
+            false => Err(DiskError::new(ErrorKind::Unsupported, Operation::WriteZeroes)),
+        };
+        match zeroed {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                let zeroes = Buf::zeroed(part.range.len() as usize);
+                child.disk().write(part.range.offset(), zeroes, WriteFlags::default()).await?;
+            }
+            other => other?,
         }
     }
     Ok(())

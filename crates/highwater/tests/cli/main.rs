@@ -2,6 +2,7 @@
 
 mod audit;
 mod bitmaps;
+mod chain;
 mod changes;
 mod daemon;
 mod freeze;

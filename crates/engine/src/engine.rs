@@ -237,7 +237,7 @@ impl Engine {
                         force_share: false,
                         cache: spec.cache,
                         history: HistoryUse::Kept(spec.history),
-                        linkage: LinkageUse::Enforced,
+                        linkage: if spec.despite_fault { LinkageUse::Told } else { LinkageUse::Enforced },
                     };
                     Stack::open(&request).await
                 },

@@ -105,6 +105,10 @@ pub struct DiskSpec {
     /// Whether writes are refused.
     #[serde(default)]
     pub read_only: bool,
+    /// Whether it is opened though a parent is not what its child was bound to; a read-only disk alone may be. What is read
+    /// from there may be wrong.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub despite_fault: bool,
     /// Whether and how its history is kept.
     #[serde(default)]
     pub history: HistorySpec,
@@ -125,6 +129,12 @@ impl DiskSpec {
         validate_name(&self.name)?;
         self.image.validate()?;
         self.history.validate()?;
+        if self.despite_fault && !self.read_only && self.image.snapshot.is_none() {
+            return Err(EngineError::Invalid(
+                "a disk over a parent that is not what it was bound to can be read, but not written: make it read-only"
+                    .to_owned(),
+            ));
+        }
         if let Some(vm) = &self.vm {
             validate_name(vm)?;
         }

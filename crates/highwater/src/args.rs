@@ -257,6 +257,9 @@ pub(crate) struct ConvertArgs {
     /// Bytes a second that may be copied, with suffixes k M G; qemu-img's name for it is -r
     #[arg(short = 'r', long, value_parser = parse_rate, value_name = "RATE")]
     pub(crate) rate: Option<RateArg>,
+    /// Copy though a parent of the source is not what its child was bound to
+    #[arg(long)]
+    pub(crate) despite_fault: bool,
     /// Accepted for qemu-img's sake: progress is shown on a terminal anyway
     #[arg(short = 'p', long, hide = true)]
     pub(crate) progress: bool,
@@ -283,6 +286,9 @@ pub(crate) struct CompareArgs {
     /// Read though somebody writes
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
+    /// Compare though a parent is not what its child was bound to
+    #[arg(long)]
+    pub(crate) despite_fault: bool,
     /// Accepted for qemu-img's sake: progress is shown on a terminal anyway
     #[arg(short = 'p', long, hide = true)]
     pub(crate) progress: bool,
@@ -636,6 +642,9 @@ pub(crate) struct ServeArgs {
     /// Serve an internal snapshot, by name or id; refuses writes
     #[arg(long)]
     pub(crate) snapshot: Option<String>,
+    /// With --read-only: serve though a parent is not what its child was bound to
+    #[arg(long)]
+    pub(crate) despite_fault: bool,
     #[command(flatten)]
     pub(crate) history: HistoryArgs,
     #[command(flatten)]
@@ -731,6 +740,9 @@ pub(crate) struct DiskAddArgs {
     /// Show an internal snapshot, by name or id
     #[arg(long)]
     pub(crate) snapshot: Option<String>,
+    /// With --read-only: open it though a parent is not what its child was bound to
+    #[arg(long)]
+    pub(crate) despite_fault: bool,
     /// The virtual machine that it belongs to: marks may be taken of all disks of one
     #[arg(long, value_name = "VM")]
     pub(crate) vm: Option<String>,

@@ -172,7 +172,8 @@ pub(crate) async fn offload_format(file: PathBuf, given: Option<Format>) -> Resu
 
 /// Opens a source for reading.
 pub(crate) async fn open_source(source: &SourceSpec) -> Result<Stack, EngineError> {
-    open_source_with(source, LinkageUse::Enforced).await
+    let linkage = if source.despite_fault { LinkageUse::Told } else { LinkageUse::Enforced };
+    open_source_with(source, linkage).await
 }
 
 async fn open_source_with(source: &SourceSpec, linkage: LinkageUse) -> Result<Stack, EngineError> {

@@ -31,6 +31,9 @@ pub struct SourceSpec {
     /// Read though somebody writes to it.
     #[serde(default)]
     pub force_share: bool,
+    /// Read though a parent is not what its child was bound to, so that what is read may be wrong.
+    #[serde(default)]
+    pub despite_fault: bool,
     /// How the host's cache is used.
     #[serde(default)]
     pub cache: CacheMode,
@@ -53,6 +56,7 @@ impl SourceSpec {
             format,
             snapshot: None,
             force_share: false,
+            despite_fault: false,
             cache: CacheMode::default(),
             live: None,
         }

@@ -8,6 +8,7 @@ use chain::{Access, OpenGate};
 use disk::ErrorKind;
 use formats::qcow2::{BackingRef, Header};
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// A path from the root, without what is a link on the way to the file.
@@ -42,7 +43,7 @@ pub(super) fn seen_from(image: &Path, name: &str) -> PathBuf {
     image.parent().map_or_else(|| PathBuf::from(name), |directory| directory.join(name))
 }
 
-/// Notes that an image was made over another.
+/// Notes that an image was made over another; nothing is noted of a block device's children.
 ///
 /// # Errors
 /// When the file beside the parent cannot be written.
@@ -50,6 +51,9 @@ pub async fn register_child(parent: &Path, child: &Path) -> Result<(), EngineErr
     let (parent, child) = (parent.to_owned(), child.to_owned());
     dataplane::offload(move || {
         let parent = real(&parent);
+        if fs::metadata(&parent).is_ok_and(|facts| facts.file_type().is_block_device()) {
+            return Ok(()); // It has no place beside it.
+        }
         let (name, directory) = (kept_name(&parent, &child), directory_of(&parent));
         // Most often it is known already.
         if let Ok(IdentityRead::There(known)) = identity_file::read_blocking(&parent)

@@ -17,6 +17,7 @@ pub(crate) async fn run(global: &Global, args: CompareArgs) -> Outcome {
 async fn compare(global: &Global, args: CompareArgs) -> Outcome {
     let how = |format| SourceSpec {
         force_share: args.force_share,
+        despite_fault: args.despite_fault,
         cache: args.cache.unwrap_or_default(),
         ..SourceSpec::of("", format)
     };

@@ -25,6 +25,7 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
     let how = SourceSpec {
         snapshot: args.snapshot.clone(),
         force_share: args.force_share,
+        despite_fault: args.despite_fault,
         cache: args.source_cache.unwrap_or_default(),
         ..SourceSpec::of("", args.format)
     };
@@ -33,6 +34,7 @@ pub(crate) async fn run(global: &Global, args: ConvertArgs) -> Outcome {
         ("-l", args.snapshot.is_some()),
         ("-T", args.source_cache.is_some()),
         ("-U", args.force_share),
+        ("--despite-fault", args.despite_fault),
     ];
     let (daemon, source) = target::source(global, &args.source, how, &of_files).await?;
     let rate = args.rate.and_then(|RateArg(rate)| rate);

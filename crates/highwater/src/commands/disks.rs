@@ -57,6 +57,7 @@ fn spec(args: DiskAddArgs) -> Result<DiskSpec, Failure> {
         image: ImageSpec { snapshot: args.snapshot, ..ImageSpec::of(target::absolute(&args.file)?, args.format) },
         cache: args.cache,
         read_only: args.read_only,
+        despite_fault: args.despite_fault,
         history: target::history(&args.history)?,
         vm: args.vm,
         exports,

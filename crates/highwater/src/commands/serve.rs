@@ -29,6 +29,7 @@ pub(crate) async fn run(global: &Global, args: ServeArgs) -> Outcome {
         image: ImageSpec { snapshot: args.snapshot, ..ImageSpec::of(target::absolute(&args.file)?, args.format) },
         cache: args.cache,
         read_only: args.read_only,
+        despite_fault: args.despite_fault,
         history: target::history(&args.history)?,
         vm: None,
         exports: vec![export],

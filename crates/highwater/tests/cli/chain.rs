@@ -490,6 +490,14 @@ fn an_image_with_children_is_not_written_to() {
 fn a_damaged_identity_file_is_told_of_and_blocks_nothing() {
     let p = Place::new();
     p.chain_of_two();
+    let known = r#"{"version":1,"snapshot":{"name":"monday","time":5,"consistency":"frozen"},"moved-to":"/x"}"#;
+    fs::write(p.path("base.qcow2.identity"), known).expect("file");
+    let shown = p.hw("chain show child.qcow2").ok();
+    assert!(shown.out.contains("monday") && shown.out.contains("the disk was moved to /x"), "{shown:?}");
+    p.write(&["write -P 2 0 64k"], "child.qcow2");
+    let report = p.hw("chain show child.qcow2 --json").ok().json();
+    assert_eq!(report["layers"][1]["snapshot"]["consistency"], "frozen", "kept when a child is noted: {report}");
+    assert_eq!(report["layers"][1]["children"][0]["state"], "there");
     fs::write(p.path("base.qcow2.identity"), "{ not json").expect("damage");
     let shown = p.hw("chain show child.qcow2").ok();
     assert!(shown.out.contains("base.qcow2.identity cannot be used"), "{shown:?}");
@@ -667,6 +675,27 @@ fn a_served_disk_is_shown_and_verified_through_the_daemon() {
     p.hw("--api daemon.sock chain verify child").ok();
     assert!(daemon.end().success());
     p.judge_images(&["base.qcow2", "child.qcow2"]);
+}
+
+#[test]
+fn a_faulty_chain_is_read_when_that_is_said() {
+    let p = Place::new();
+    p.chain_of_two();
+    p.hw("convert -O raw child.qcow2 shown.raw").ok();
+    a_moment();
+    p.qemu_io("qcow2", "base.qcow2", &["write -P 3 0 64k"]);
+    let told = p.hw("convert --despite-fault -O raw child.qcow2 out.raw").ok();
+    assert!(told.err.contains("another program"), "{told:?}");
+    p.tool("qemu-img compare -q child.qcow2 out.raw").ok();
+    p.hw("compare --despite-fault child.qcow2 out.raw").ok();
+    p.hw("compare --despite-fault child.qcow2 shown.raw").code(1);
+    let ended = p.hw("serve --despite-fault child.qcow2 --socket x.sock").code(1);
+    assert!(ended.err.contains("make it read-only"), "{ended:?}");
+    let server = p.start("serve -r --despite-fault child.qcow2 --socket x.sock");
+    let read = p.run("qemu-io", ["-r", "-f", "raw", "-c", "read -P 3 0 64k", server.uri()]).ok();
+    assert!(!read.out.contains("failed"), "{read:?}");
+    assert!(server.end().success());
+    assert_eq!(p.fault("child.qcow2").kind, "opened-for-writing", "it is as faulty as before");
 }
 
 #[test]

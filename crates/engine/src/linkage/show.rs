@@ -95,7 +95,7 @@ async fn report_of(stack: &Stack, disk: &str, checked: &[Checked]) -> Result<Cha
 
 /// Hashes what each parent shows; compares it with what was recorded, or records it.
 async fn prove(stack: &Stack, checked: &mut [Checked], progress: &Progress) -> Result<Vec<HashReport>, EngineError> {
-    let layers = stack.chain().layers();
+    let layers = stack.chain().layers().to_vec();
     let sizes = layers.iter().skip(1).map(|layer| layer.handle.geometry().size);
     progress.set_total(sizes.fold(0, u64::saturating_add));
     let mut all = Vec::with_capacity(checked.len());

@@ -52,18 +52,18 @@ pub(super) fn link_with(parent: Option<ContentId>, print: &Fingerprint) -> Paren
     ParentLink { parent, second: None, size: print.size, modified: print.modified, linked: now() }
 }
 
-/// The files of each layer: its image, then its data file if it has one. `files` are in the order in which the chain opened
-/// them, top first.
+/// The files of each layer: its image, then its data file if it has one. In `files` a data file follows its image, as a
+/// chain opens them.
 pub(crate) fn files_of_layers(layers: &[LayerInfo], files: &[FileStorage]) -> Vec<Vec<FileStorage>> {
     let mut all: Vec<Vec<FileStorage>> = vec![Vec::new(); layers.len()];
-    let mut layer = 0;
+    let mut present = None;
     for file in files {
         let name = disk::Storage::name(file);
-        let begins = |n: usize| layers.get(n).is_some_and(|l| l.handle.storage(StorageId::IMAGE).name() == name);
-        if !all[layer].is_empty() && begins(layer + 1) {
-            layer += 1;
+        let begins = |n: &usize| all[*n].is_empty() && layers[*n].handle.storage(StorageId::IMAGE).name() == name;
+        present = (0..layers.len()).find(begins).or(present);
+        if let Some(layer) = present {
+            all[layer].push(file.clone());
         }
-        all[layer].push(file.clone());
     }
     all
 }
@@ -84,7 +84,7 @@ pub(crate) async fn verify_stack(
     times: bool,
     fresh: bool,
 ) -> std::result::Result<Vec<Checked>, EngineError> {
-    let layers = chain.layers();
+    let layers = chain.layers().to_vec();
     if layers.len() < 2 {
         return Ok(Vec::new());
     }

@@ -624,6 +624,41 @@ fn a_rebased_child_shows_what_it_showed() {
 }
 
 #[test]
+fn a_rebase_that_is_killed_leaves_what_the_disk_showed() {
+    let p = Place::new();
+    p.raw("one.raw", 24 << 20);
+    p.raw("two.raw", 24 << 20);
+    let file = fs::File::options().write(true).open(p.path("two.raw")).expect("open");
+    for at in 0..20 {
+        file.write_all_at(&[at + 1; 100_000], u64::from(at) << 20).expect("other bytes");
+    }
+    p.hw("create -q -f qcow2 -b one.raw -F raw fresh.qcow2").ok();
+    p.hw("convert -O raw fresh.qcow2 shown.raw").ok();
+    let (mut old, mut new) = (0, 0);
+    for round in 0..16 {
+        p.tool("cp -p fresh.qcow2 child.qcow2").ok();
+        let mut rebase = p.spawn("chain rebase child.qcow2 -b two.raw -F raw -q");
+        std::thread::sleep(Duration::from_millis(10 + 12 * round));
+        let _ = rebase.kill();
+        rebase.wait().expect("ended");
+        p.tool("qemu-img check -q -r leaks child.qcow2");
+        p.judge_images(&["child.qcow2"]);
+        p.tool("qemu-img compare -q child.qcow2 shown.raw").ok();
+        let report = p.hw("chain verify child.qcow2 --json").ok().json();
+        match report["layers"][0]["link"]["parent"].as_str() {
+            Some("one.raw") => old += 1,
+            Some("two.raw") => new += 1,
+            other => panic!("{other:?}: {report}"),
+        }
+        // It can be done again, and is done then.
+        p.hw("chain rebase child.qcow2 -b two.raw -F raw -q").ok();
+        p.sound("child.qcow2");
+        p.tool("qemu-img compare -q child.qcow2 shown.raw").ok();
+    }
+    assert!(old > 0, "some were killed before the end: {old} before, {new} after");
+}
+
+#[test]
 fn marks_stay_usable_when_a_child_is_bound_or_rebased() {
     let p = Place::new();
     p.raw("noise.raw", 4 << 20);

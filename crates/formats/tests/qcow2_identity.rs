@@ -486,11 +486,11 @@ fn loss_of_power_leaves_the_old_backing_file_or_the_new_one() {
     seeds::each(1000, |seed| {
         let mut rng = fastrand::Rng::with_seed(seed);
         let cluster_bits = [10, 12, 16][rng.usize(..3)];
-        let name = path_of(&place, rng.usize(12..300));
+        let name = path_of(&place, rng.usize(12..250));
         let options = options(cluster_bits, (rng.u8(..3) > 0).then_some(&name[..]));
         let memory = created(&options);
         set(&memory, Some(link(1)));
-        let new = (rng.u8(..4) > 0).then(|| renamed(&path_of(&place, rng.usize(12..300)), "qcow2"));
+        let new = (rng.u8(..4) > 0).then(|| renamed(&path_of(&place, rng.usize(12..250)), "qcow2"));
         let storage = CrashStorage::of(memory).yielding(seed);
         let (handle, backing) = (storage.handle(), new.clone());
         let mut executor = Executor::new(seed);

@@ -36,6 +36,11 @@ impl Chain {
         self.background().is_some_and(|attached| attached.is_same(job))
     }
 
+    /// Whether this very job is there, though it may have failed.
+    pub(crate) fn has_background(&self, job: &Background) -> bool {
+        self.background.borrow().as_ref().is_some_and(|attached| attached.is_same(job))
+    }
+
     /// Attaches a job, when no request is under way: from here on all know of it. `check` sees what the disk is then.
     pub(crate) async fn attach(&self, job: Background, check: impl FnOnce(&[LayerInfo]) -> Result<()>) -> Result<()> {
         let _exclusive = self.requests.exclude().await;
@@ -56,7 +61,7 @@ impl Chain {
     /// Detaches a job; no request of the guest's goes its way any more when this returns. `false`: it was not attached.
     pub(crate) async fn detach(&self, job: &Background) -> bool {
         let _exclusive = self.requests.exclude().await;
-        let attached = self.background.borrow().as_ref().is_some_and(|attached| attached.is_same(job));
+        let attached = self.has_background(job);
         if attached {
             self.background.replace(None);
         }
@@ -67,6 +72,7 @@ impl Chain {
     pub(crate) fn stack<'a>(&self, layers: &'a [LayerInfo]) -> Stack<'a> {
         match &*self.background.borrow() {
             Some(Background::Infill(infill)) => infill.seen_by_guest(Stack::new(layers)),
+            Some(Background::Mirror(mirror)) => mirror.seen_by_guest(Stack::new(layers)),
             _ => Stack::new(layers),
         }
     }

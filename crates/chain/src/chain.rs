@@ -37,6 +37,8 @@ pub struct Chain {
     layers: RefCell<Rc<[LayerInfo]>>,
     pub(crate) requests: Requests,
     pub(crate) background: RefCell<Option<Background>>,
+    /// Requests so far that moved bytes.
+    served: Cell<u64>,
     preferred_alignment: Cell<u32>,
 }
 
@@ -52,6 +54,7 @@ impl Chain {
             layers: RefCell::new(layers.into()),
             requests: Requests::default(),
             background: RefCell::default(),
+            served: Cell::new(0),
         }
     }
 
@@ -63,6 +66,11 @@ impl Chain {
     /// The top layer as it is now: the one that is written.
     pub fn top(&self) -> LayerHandle {
         self.layers.borrow()[0].handle.clone()
+    }
+
+    /// How many requests have asked to move bytes so far: who works beside the guest sees by it whether the guest is at work.
+    pub fn served(&self) -> u64 {
+        self.served.get()
     }
 
     /// Puts other layers in place; no request is under way.
@@ -97,39 +105,43 @@ impl Disk for Chain {
     }
 
     async fn read(&self, offset: u64, buf: Buf) -> Result<Buf> {
+        self.served.set(self.served.get().wrapping_add(1));
         let _request = self.requests.enter(Operation::Read).await?;
         Stack::new(&self.layers()).read_through(offset, buf).await
     }
 
     async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
+        self.served.set(self.served.get().wrapping_add(1));
         let _request = self.requests.enter(Operation::Write).await?;
         if let Some(job) = self.background() {
             return Box::pin(self.write_beside(job, offset, buf, flags)).await;
         }
         let layers = self.layers();
-        let stack = Stack::new(&layers);
+        let stack = self.stack(&layers);
         stack.write_top(offset, buf).await?;
         stack.finish_write(flags).await
     }
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
+        self.served.set(self.served.get().wrapping_add(1));
         let _request = self.requests.enter(Operation::WriteZeroes).await?;
         if let Some(job) = self.background() {
             return Box::pin(self.zero_beside(job, range, mode, flags)).await;
         }
         let layers = self.layers();
-        let stack = Stack::new(&layers);
+        let stack = self.stack(&layers);
         stack.zero_top(range, mode).await?;
         stack.finish_write(flags).await
     }
 
     async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
+        self.served.set(self.served.get().wrapping_add(1));
         let _request = self.requests.enter(Operation::Discard).await?;
         if let Some(job) = self.background() {
             return Box::pin(self.discard_beside(job, range, flags)).await;
         }
         let layers = self.layers();
-        let stack = Stack::new(&layers);
+        let stack = self.stack(&layers);
         stack.discard_top(range).await?;
         stack.finish_write(flags).await
     }

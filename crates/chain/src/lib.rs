@@ -11,6 +11,7 @@ mod background;
 mod chain;
 mod copy_pass;
 mod coverage;
+mod hold;
 mod infill;
 mod locks;
 mod map;
@@ -28,6 +29,7 @@ mod zero;
 
 pub use chain::{Chain, LayerInfo};
 pub use copy_pass::{Control, CopyPass, CopyStats};
+pub use hold::HeldWrites;
 pub use infill::Infill;
 pub use mirror::Mirror;
 pub use open::{Access, MAX_DEPTH, OpenGate, Reference, ReferenceKind, open};

@@ -15,7 +15,7 @@ use crate::background::Background;
 use crate::copy_pass::{Piece, Work, drive, piece_of, window, write_to, yield_once, zero_in};
 use crate::coverage::Coverage;
 use crate::locks::RangeLocks;
-use crate::stack::Stack;
+use crate::stack::{Held, Stack};
 use crate::zero::whole_units;
 use crate::{Chain, Control, CopyPass, CopyStats, LayerInfo};
 use disk::{Buf, ByteRange, DiskError, DiskHandle, ErrorKind, Operation, Result, WriteFlags, ZeroMode};
@@ -33,6 +33,8 @@ const BLOCK_MAX: u64 = disk::BUF_ALIGNMENT as u64;
 /// A disk that takes part in the guest's changes.
 pub struct Mirror {
     target: DiskHandle,
+    /// So many layers of the source, from the top, stand on the target; all of the source does not when there are none.
+    above: usize,
     copied: RefCell<Coverage>,
     locks: RangeLocks,
     /// What the target failed with, until somebody takes it.
@@ -48,10 +50,23 @@ impl Mirror {
     /// A mirror to `target`, which has the size of the disk. `copied` are ranges that are equal on both: none for a new
     /// target; when a job is resumed, what was durably copied and has not changed since.
     pub fn new(target: DiskHandle, copied: impl IntoIterator<Item = ByteRange>) -> Rc<Self> {
+        Self::with(target, 0, copied)
+    }
+
+    /// A mirror to the chain that the upper `above` layers of the disk stand on, made of the very handles that stand below
+    /// in the disk, the first of them writable. What those layers leave absent is equal already, as it is read from there.
+    ///
+    /// Crash: what is written to the target the layers above hide, as it is what they hold; so the disk shows the same.
+    pub fn into_parent(target: DiskHandle, above: usize) -> Rc<Self> {
+        Self::with(target, above, [])
+    }
+
+    fn with(target: DiskHandle, above: usize, copied: impl IntoIterator<Item = ByteRange>) -> Rc<Self> {
         let mut equal = Coverage::default();
         copied.into_iter().for_each(|range| equal.insert(range));
         Rc::new(Self {
             target,
+            above,
             copied: RefCell::new(equal),
             locks: RangeLocks::default(),
             failure: RefCell::default(),
@@ -59,6 +74,11 @@ impl Mirror {
             used: Cell::new(false),
             mirrored: Cell::new(0),
         })
+    }
+
+    /// Whether the target stands below in the disk itself.
+    pub(crate) fn leads_into_parent(&self) -> bool {
+        self.above > 0
     }
 
     /// The disk that is written to.
@@ -129,6 +149,12 @@ impl Mirror {
     /// The parts of the range whose changes go to the target.
     fn copied_in(&self, range: ByteRange) -> Vec<ByteRange> {
         if self.has_failed() { Vec::new() } else { self.copied.borrow().within(range) }
+    }
+
+    /// The chain, as the guest's changes are to see it: of the layers that are the target as well, nothing is durable before
+    /// the end, so the top must not rely on their zeroes.
+    pub(crate) fn seen_by_guest<'a>(&self, stack: Stack<'a>) -> Stack<'a> {
+        if self.above == 0 { stack } else { stack.with_changing(self.above) }
     }
 
     /// A guest's write.
@@ -306,8 +332,23 @@ impl Chain {
 
     /// Detaches a mirror; when this returns, no request of the guest's writes to its target any more. `false`: it was not
     /// attached.
+    ///
+    /// A target that stands below in the disk is made durable first, as from then on the top may rely on what it shows. If
+    /// that fails, the mirror goes on to keep the top from that.
     pub async fn detach_mirror(&self, mirror: &Rc<Mirror>) -> bool {
-        self.detach(&Background::Mirror(Rc::clone(mirror))).await
+        let job = Background::Mirror(Rc::clone(mirror));
+        if !mirror.leads_into_parent() {
+            return self.detach(&job).await;
+        }
+        let _exclusive = self.requests.exclude().await;
+        let attached = self.has_background(&job);
+        if attached {
+            match mirror.target.flush().await {
+                Ok(()) => drop(self.background.replace(None)),
+                Err(error) => mirror.note(Err(error)),
+            }
+        }
+        attached
     }
 
     /// Copies to the mirror's target what is not copied yet, until both disks are equal.
@@ -388,6 +429,15 @@ impl MirrorWork<'_> {
     fn size(&self) -> u64 {
         self.chain.top().geometry().size
     }
+
+    /// What there is to be done about the beginning of the range: nothing where the source reads it from the target.
+    async fn first(&self, stack: Stack<'_>, range: ByteRange) -> Result<(ByteRange, Held)> {
+        if self.mirror.above > 0 {
+            return stack.held(0..self.mirror.above, range).await;
+        }
+        let extent = stack.map_merged(range).await?;
+        Ok((extent.range, if extent.zero { Held::Zero } else { Held::Data }))
+    }
 }
 
 impl Work for MirrorWork<'_> {
@@ -399,13 +449,15 @@ impl Work for MirrorWork<'_> {
         // Without its lock this is a guess of how long the piece should be, and of what it will cost.
         let layers = self.chain.layers();
         let stack = Stack::new(&layers);
-        let first = stack.map_merged(window(gap)).await?;
-        let zeroes = if first.zero { first.range.len() } else { 0 };
-        let range = piece_of(gap, zeroes, self.chunk);
+        let (first, holds) = self.first(stack, window(gap)).await?;
+        let free = if holds == Held::Data { 0 } else { first.len() };
+        let range = piece_of(gap, free, self.chunk);
         let mut bytes = 0;
-        if zeroes < range.len() {
-            let runs = stack.runs(range).await?;
-            bytes = runs.iter().filter(|(_, zero)| !zero).map(|(run, _)| run.len()).sum();
+        let mut rest = range.skip(free.min(range.len()));
+        while !rest.is_empty() {
+            let (run, holds) = self.first(stack, rest).await?;
+            bytes += if holds == Held::Data { run.len() } else { 0 };
+            rest = rest.skip(run.len());
         }
         self.cursor.set(range.end());
         Ok(Some(Piece { range, bytes }))
@@ -422,22 +474,27 @@ impl Work for MirrorWork<'_> {
         let layers = self.chain.layers();
         let stack = Stack::new(&layers);
         let mut room = self.chunk;
-        for (run, zero) in stack.runs(range).await? {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let (run, holds) = self.first(stack, rest).await?;
             // What was zero when the piece was chosen may be data now, and be too long for one chunk.
-            let run = if zero { run } else { run.prefix(room) };
+            let run = if holds == Held::Data { run.prefix(room) } else { run };
             if run.is_empty() {
                 break;
             }
-            let copied = if zero {
-                zero_in(&self.mirror.target, run).await
-            } else {
-                room -= run.len();
-                let buf = stack.read_through(run.offset(), Buf::new(run.len() as usize)).await?;
-                let moved = CopyStats { read: run.len(), written: run.len(), ..CopyStats::default() };
-                write_to(&self.mirror.target, run.offset(), buf).await.map(|()| moved)
+            let copied = match holds {
+                Held::Absent => Ok(CopyStats { skipped: run.len(), ..CopyStats::default() }),
+                Held::Zero => zero_in(&self.mirror.target, run).await,
+                Held::Data => {
+                    room -= run.len();
+                    let buf = stack.read_through(run.offset(), Buf::new(run.len() as usize)).await?;
+                    let moved = CopyStats { read: run.len(), written: run.len(), ..CopyStats::default() };
+                    write_to(&self.mirror.target, run.offset(), buf).await.map(|()| moved)
+                }
             };
             stats.add(copied.map_err(|error| self.mirror.fail(error))?);
             self.mirror.copied.borrow_mut().insert(run);
+            rest = rest.skip(run.len());
         }
         Ok(stats)
     }

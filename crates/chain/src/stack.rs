@@ -10,6 +10,8 @@ pub(crate) struct Stack<'a> {
     layers: &'a [LayerInfo],
     /// Layers from 1 up to (not including) this are about to vanish: an infill brings what they hold into the top.
     vanishing_end: usize,
+    /// The place of the first layer whose zeroes may not be durable.
+    changing: usize,
 }
 
 /// What some layers hold of a range.
@@ -26,7 +28,12 @@ pub(crate) enum Held {
 impl<'a> Stack<'a> {
     /// Of these layers, top first, of which there is one at least.
     pub(crate) fn new(layers: &'a [LayerInfo]) -> Self {
-        Self { layers, vanishing_end: 1 }
+        Self { layers, vanishing_end: 1, changing: usize::MAX }
+    }
+
+    /// As before, but the layers from `depth` on are being written to: what they show is not durable.
+    pub(crate) fn with_changing(self, depth: usize) -> Self {
+        Self { changing: depth, ..self }
     }
 
     /// As before, but the layers from 1 up to (not including) `end` are about to vanish.
@@ -57,7 +64,7 @@ impl<'a> Stack<'a> {
     /// What shows through at `range` where the top layer holds nothing, as far as memory alone can tell.
     ///
     /// "Zeroes" means to the layer that it may forget a zero: what it leaves absent must read as zero also when the
-    /// layers that are about to vanish have gone.
+    /// layers that are about to vanish have gone, and when the power has failed.
     pub(crate) fn below(self, range: ByteRange) -> Below {
         let unit = self.top().geometry().unit;
         let range = range.align_out(unit);
@@ -69,6 +76,9 @@ impl<'a> Stack<'a> {
     /// Whether the range is known to read as zero in the layer at `depth` and those below it.
     pub(crate) fn is_zero_cached(self, depth: usize, range: ByteRange) -> bool {
         let Some(layer) = self.layer(depth) else { return true };
+        if depth >= self.changing {
+            return false;
+        }
         let mut rest = range.intersect(ByteRange::new(0, layer.geometry().size));
         while !rest.is_empty() {
             let Some(extent) = layer.map_cached(rest) else { return false };

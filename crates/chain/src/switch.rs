@@ -16,7 +16,7 @@ impl Chain {
     /// After an error the layers are those from before, so what `change` cannot take back it does last.
     ///
     /// # Errors
-    /// What `change` reports; `InUse` while an infill is attached; `Closed` when the disk is being closed (`change` is not called then); `Invalid` for no
+    /// What `change` reports; `InUse` while an infill, or a mirror into a parent, is attached; `Closed` when the disk is being closed (`change` is not called then); `Invalid` for no
     /// layer at all, and for a top layer of another size: a size is changed by [`Chain::resize_with`] alone, which sees to
     /// it that nothing old shows.
     pub async fn switch<E: From<DiskError>>(
@@ -24,10 +24,15 @@ impl Chain {
         change: impl AsyncFnOnce(Rc<[LayerInfo]>) -> Result<Vec<LayerInfo>, E>,
     ) -> Result<(), E> {
         let _exclusive = self.requests.exclude().await;
-        if let Some(Background::Infill(_)) = self.background() {
+        let moving = match self.background() {
+            Some(Background::Infill(_)) => true,
+            Some(Background::Mirror(mirror)) => mirror.leads_into_parent(),
+            None => false,
+        };
+        if moving {
             return Err(DiskError::new(ErrorKind::InUse, Operation::Open)
                 .on(self.layers()[0].path.display().to_string())
-                .because("layers of this disk are about to vanish into another; wait for the end of that, or cancel it")
+                .because("layers of this disk are about to vanish into others; wait for the end of that, or cancel it")
                 .into());
         }
         self.switch_excluded(change).await

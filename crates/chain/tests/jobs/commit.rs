@@ -1,6 +1,7 @@
 //! Layers are committed into the one below them.
 
 use super::*;
+use chain::Mirror;
 use std::ops::Range;
 use testkit::seeds;
 
@@ -83,6 +84,83 @@ fn memory_layers_are_committed_under_load() {
 #[test]
 fn qcow2_images_are_committed_under_load() {
     seeds::each(60, |seed| under_load(seed, true));
+}
+
+/// The guest writes to the very layer that goes down into its parent.
+fn the_top_under_load(seed: u64, stored: bool) {
+    executor::run(seed, async {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let depth = random.usize(2..5);
+        let setup = Setup::new(&mut random, depth, stored).await;
+        let (chain, model) = (setup.chain(), setup.model.clone());
+        let disk = DiskHandle::from_rc(Rc::clone(&chain));
+        let held = 0..random.usize(1..depth);
+        let parent = parent_of(&setup.layers, &held);
+        if parent.geometry().size != model.size() {
+            parent.resize(model.size()).await.unwrap();
+        }
+        let habits = Habits {
+            alignment: if stored { 512 } else { 1 },
+            span: random.bool().then_some(32 << 10),
+            ..Habits::default()
+        };
+        let guests = Guests::start(&disk, &model, &mut random, 5, habits);
+        pause(&mut random, 300).await;
+        let mirror = Mirror::into_parent(parent.clone(), held.len());
+        chain.attach_mirror(&mirror).await.unwrap();
+        let pace = Pace::new(&mut random).stopping_after(random.u32(..8));
+        if let Err(error) = chain.copy_to_mirror(&mirror, some_pass(&mut random), &pace).await {
+            assert_eq!(error.kind(), STOPPED, "{error:?}");
+        }
+        let pace = Pace::new(&mut random);
+        let moved = chain.copy_to_mirror(&mirror, some_pass(&mut random), &pace).await.unwrap();
+        assert_eq!(moved.read, moved.written);
+        chain
+            .switch_to_mirror(&mirror, async |old| {
+                let new = old[held.end..].to_vec();
+                assert_equal(&shown(&new).await, &shown(&old).await, "without the layers that went down");
+                Ok::<_, DiskError>(new)
+            })
+            .await
+            .unwrap();
+        pause(&mut random, 500).await;
+        guests.stop().await;
+        let truth = bytes_of(&disk).await;
+        disk.close().await.unwrap();
+        if stored {
+            judge(&setup.images[held.end..], &truth);
+        }
+    });
+}
+
+#[test]
+fn memory_tops_are_merged_under_load() {
+    seeds::each(150, |seed| the_top_under_load(seed, false));
+}
+
+#[test]
+fn qcow2_tops_are_merged_under_load() {
+    seeds::each(40, |seed| the_top_under_load(seed, true));
+}
+
+/// What the top does not hold is not moved: as many bytes as it holds, whatever is below.
+#[test]
+fn a_merge_of_the_top_moves_what_it_holds() {
+    executor::run(1, async {
+        let mut random = fastrand::Rng::with_seed(1);
+        let options = MemoryLayerOptions { unit: 65536, ..Default::default() };
+        let images = [(); 2].map(|()| Made::Memory(Rc::new(MemoryLayer::new(32 << 20, options))));
+        let below = vec![images[1].open().await];
+        let parent = DiskHandle::new(Chain::new(below.clone()));
+        parent.write(0, Buf::copy_of(&vec![1; 16 << 20]), NONE).await.unwrap();
+        let chain = Rc::new(Chain::new(vec![images[0].open().await, below[0].clone()]));
+        let disk = DiskHandle::from_rc(Rc::clone(&chain));
+        disk.write(2 << 20, Buf::copy_of(&vec![2; 3 << 20]), NONE).await.unwrap();
+        let mirror = Mirror::into_parent(parent, 1);
+        chain.attach_mirror(&mirror).await.unwrap();
+        let moved = chain.copy_to_mirror(&mirror, CopyPass::default(), &Pace::new(&mut random)).await.unwrap();
+        assert_eq!((moved.written, moved.zeroed, moved.skipped), (3 << 20, 0, 29 << 20));
+    });
 }
 
 /// Without a guest the top itself is committed: the parent's disk then shows what the whole chain showed.

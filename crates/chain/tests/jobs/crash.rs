@@ -3,6 +3,7 @@
 
 use super::*;
 use chain::Mirror;
+use disk::Disk;
 use formats::qcow2::check::check;
 use std::ops::Range;
 use testkit::executor::Executor;
@@ -13,6 +14,8 @@ enum Job {
     Mirror,
     Infill,
     Commit,
+    /// The top, which is written to, is merged into its parent.
+    Merge,
 }
 
 /// One way to do a job. The disk is made of `images[i]` for each `i` of `place`; at the switch that changes at one stroke,
@@ -50,6 +53,36 @@ impl Way {
                     })
                     .await
                     .expect("switch");
+            }
+            Job::Merge => {
+                let size = chain.geometry().size;
+                let parent = Rc::new(Chain::new(chain.layers()[1..].to_vec()));
+                chain
+                    .switch(async |old| {
+                        if parent.geometry().size != size {
+                            parent.resize(size).await?;
+                        }
+                        Ok::<_, DiskError>(old.to_vec())
+                    })
+                    .await
+                    .expect("resize");
+                let mirror = Mirror::into_parent(DiskHandle::from_rc(parent), 1);
+                chain.attach_mirror(&mirror).await.expect("attach");
+                let mirror = if random.bool() {
+                    // Given up half-way, and begun anew after a while.
+                    let stopping = Pace::new(random).stopping_after(random.u32(..10));
+                    let _stopped = chain.copy_to_mirror(&mirror, self.pass, &stopping).await;
+                    pause(random, 200).await;
+                    assert!(chain.detach_mirror(&mirror).await);
+                    pause(random, 500).await;
+                    let again = Mirror::into_parent(mirror.target().clone(), 1);
+                    chain.attach_mirror(&again).await.expect("attach");
+                    again
+                } else {
+                    mirror
+                };
+                chain.copy_to_mirror(&mirror, self.pass, &pace).await.expect("copy");
+                chain.switch_to_mirror(&mirror, without).await.expect("switch");
             }
             Job::Infill => {
                 let infill = chain.begin_infill(self.gone.clone()).await.expect("begin");
@@ -114,7 +147,8 @@ fn one_loss(seed: u64, job: Job) -> bool {
     setup.images.push(target);
     let start = if job == Job::Commit { random.usize(1..depth - 1) } else { random.usize(1..depth) };
     let most = if job == Job::Commit { depth - 1 } else { depth };
-    let way = Way { job, gone: start..random.usize(start + 1..=most), target: depth, pass: some_pass(&mut random) };
+    let gone = if job == Job::Merge { 0..1 } else { start..random.usize(start + 1..=most) };
+    let way = Way { job, gone, target: depth, pass: some_pass(&mut random) };
     let place = RefCell::new((0..depth).collect::<Vec<_>>());
     let chain = setup.chain();
     let disk = DiskHandle::from_rc(Rc::clone(&chain));
@@ -186,4 +220,9 @@ fn loss_of_power_during_an_infill() {
 #[test]
 fn loss_of_power_during_a_commit() {
     losses(Job::Commit, 300);
+}
+
+#[test]
+fn loss_of_power_during_a_merge_of_the_top() {
+    losses(Job::Merge, 300);
 }

@@ -1,6 +1,6 @@
 //! Regular files and block devices as [`Storage`].
 
-use crate::{CacheMode, OpenOptions, block_device};
+use crate::{CacheMode, LockMode, OpenOptions, block_device, lock};
 use dataplane::file::{self, File};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation, Result, Storage, StorageExtent, StorageLimits, ZeroMode};
 use rustix::fs::SeekFrom;
@@ -99,6 +99,33 @@ impl FileStorage {
     /// The open file, for blocking calls and for comparing identities.
     pub fn file(&self) -> &std::fs::File {
         self.0.file.std()
+    }
+
+    /// The same open file under another name, for reading only; it shares locks with this one.
+    ///
+    /// # Errors
+    /// When the system refuses another descriptor.
+    pub fn renamed_for_reading(&self, name: &str) -> Result<Self> {
+        let file = self.file().try_clone().map_err(|e| self.error(e, Operation::Open))?;
+        let cache = if self.0.sync_is_void { CacheMode::Unsafe } else { CacheMode::Writeback };
+        Self::from_file(
+            file,
+            name,
+            &OpenOptions { read_only: true, cache, lock: LockMode::Off, ..OpenOptions::default() },
+        )
+    }
+
+    /// Changes which locks are held, from now on those of `demand`.
+    ///
+    /// # Errors
+    /// `InUse` when somebody else holds the opposite: the file has the locks that it could get then.
+    pub fn relock(&self, demand: lock::Demand) -> Result<()> {
+        lock::change(self.file(), demand).map_err(|error| match error {
+            lock::LockError::Held(held) => {
+                DiskError::new(ErrorKind::InUse, Operation::Open).on(&self.0.name).because(held.to_string())
+            }
+            lock::LockError::Io(error) => self.error(error, Operation::Open),
+        })
     }
 
     fn error(&self, error: io::Error, operation: Operation) -> DiskError {

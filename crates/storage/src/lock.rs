@@ -175,6 +175,31 @@ pub fn acquire(file: &File, demand: Demand) -> Result<(), LockError> {
     Ok(())
 }
 
+/// Gives up what is held beyond `demand`, and takes what is missing of it.
+///
+/// What both have in common is held all the time.
+///
+/// # Errors
+/// As [`acquire`]; the file then has the locks that it could get.
+pub fn change(file: &File, demand: Demand) -> Result<(), LockError> {
+    for bit in 0..8 {
+        let permission = Permissions(1 << bit);
+        for (base, kept) in [(USED, demand.uses), (REFUSED, demand.refuses)] {
+            if kept.0 & permission.0 == 0 {
+                match ofd(file, libc::F_OFD_SETLK, libc::F_UNLCK, base + bit) {
+                    Err(error)
+                        if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP)) =>
+                    {
+                        return Err(LockError::Io(error));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    acquire(file, demand)
+}
+
 fn held(file: &File, bit: i64, used: bool) -> Held {
     Held { permission: permission_name(bit), used, holders: holders(file) }
 }

@@ -7,15 +7,19 @@ use crate::change_picture::chart::colour_wanted;
 use crate::exit::{self, Failure};
 use crate::output;
 use crate::tree_picture::text::{Style, ascii_wanted, draw};
-use crate::tree_picture::{Finding, Forest, Layer, Marks, png_file, svg};
+use crate::tree_picture::{Finding, Forest, Layer, Link, Marks, Snapshot, png_file, svg};
 use anyhow::{Context, anyhow};
-use api::{Client, DiskStatus, Format, FormatSpecific, HistoryReport, ImageInfo, MarkReport};
+use api::{
+    ChainReport, Client, DiskStatus, Format, FormatSpecific, HistoryReport, ImageInfo, LayerReport, LinkState,
+    MarkReport, SnapshotConsistency,
+};
 use engine::history::HistorySource;
 use engine::images::Workshop;
 use engine::images::request::SourceSpec;
 use engine::{HistorySpec, chain_text};
 use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// What a picture is written as.
@@ -72,7 +76,8 @@ async fn read(global: &Global, args: &TreeArgs) -> Result<Forest, Failure> {
     if args.disks.is_empty() {
         let client = target::client(global)?;
         for disk in client.disks().await?.disks {
-            forest.add_chain(of_disk(&client, &disk).await?);
+            let chain = of_disk(&client, &disk).await?;
+            add(&mut forest, chain, client.linkage(&disk.spec.name).await.ok());
         }
         return Ok(forest);
     }
@@ -82,7 +87,8 @@ async fn read(global: &Global, args: &TreeArgs) -> Result<Forest, Failure> {
             Target::Disk(client, name) => {
                 target::refuse_file_options(&name, &[("-f", args.format.is_some()), ("-U", args.force_share)])?;
                 let disk = client.disk(&name).await?;
-                forest.add_chain(of_disk(&client, &disk).await?);
+                let chain = of_disk(&client, &disk).await?;
+                add(&mut forest, chain, client.linkage(&name).await.ok());
             }
             Target::File(file) => {
                 let source = SourceSpec {
@@ -93,11 +99,68 @@ async fn read(global: &Global, args: &TreeArgs) -> Result<Forest, Failure> {
                     Some(workshop) => workshop,
                     none => none.insert(target::workshop()?),
                 };
-                forest.add_chain(of_file(workshop, source).await?);
+                let chain = of_file(workshop, source.clone()).await?;
+                // A chain that cannot be opened as a whole has told so already.
+                add(&mut forest, chain, workshop.show_chain(source).await.ok());
             }
         }
     }
     Ok(forest)
+}
+
+/// Adds a chain, with what is known of how its images are bound, and of others that stand on them.
+fn add(forest: &mut Forest, mut chain: Vec<Layer>, linkage: Option<ChainReport>) {
+    let reports = linkage.map(|report| report.layers).unwrap_or_default();
+    for report in &reports {
+        let file = same_for_all(&report.file);
+        if let Some(layer) = chain.iter_mut().find(|layer| layer.file == file) {
+            add_linkage(layer, report);
+        }
+    }
+    forest.add_chain(chain);
+    for report in &reports {
+        for child in report.children.iter().filter(|child| child.counts()) {
+            let file = same_for_all(&child.file);
+            // Only qcow2 images name parents.
+            let actual_size = file.metadata().ok().map(|facts| facts.blocks() * 512);
+            forest.add_child(
+                &same_for_all(&report.file),
+                Layer { file, format: Some(Format::Qcow2.to_string()), actual_size, ..Layer::default() },
+            );
+        }
+    }
+}
+
+fn add_linkage(layer: &mut Layer, report: &LayerReport) {
+    layer.content_id.clone_from(&report.content);
+    layer.link = report.link.as_ref().map(|link| match link.state {
+        LinkState::Sound => Link::Sound,
+        LinkState::Unbound => Link::Unbound,
+        LinkState::Fault => Link::Fault,
+    });
+    if let Some(text) =
+        report.link.as_ref().filter(|link| link.state == LinkState::Fault).and_then(|link| link.text.as_ref())
+    {
+        layer.findings.push(Finding::fault(text.clone()));
+    }
+    layer.snapshot = report.snapshot.as_ref().map(|snapshot| Snapshot {
+        name: snapshot.name.clone(),
+        time: Some(snapshot.time / 1000),
+        consistency: Some(
+            match snapshot.consistency {
+                SnapshotConsistency::Crash => "crash",
+                SnapshotConsistency::Frozen => "frozen",
+                SnapshotConsistency::Offline => "offline",
+            }
+            .to_owned(),
+        ),
+    });
+    if let Some(place) = &report.moved_to {
+        layer.findings.push(Finding::warning(format!("the disk has moved to {}", place.display())));
+    }
+    if let Some(reason) = &report.identity_file_error {
+        layer.findings.push(Finding::warning(format!("what is known of it cannot be used: {reason}")));
+    }
 }
 
 /// The chain of a daemon's disk, top first. One that is not open is shown with the reason.
@@ -198,8 +261,7 @@ fn unreadable(file: &Path, format: Option<Format>, reason: String) -> Layer {
 
 const NOT_CLOSED: &str = "it was not closed cleanly, or somebody writes to it";
 
-/// What a picture shows of an image. This is the one place where facts of an image become a layer: content id, link,
-/// snapshot and the children that are known belong here when images tell them.
+/// What a picture shows of an image by itself; [`add_linkage`] has how it stands to others.
 fn layer_of_image(info: &ImageInfo) -> Layer {
     let mut layer = Layer {
         file: same_for_all(Path::new(&info.filename)),

@@ -9,8 +9,8 @@ pub(crate) mod png_file;
 pub(crate) mod svg;
 pub(crate) mod text;
 
-use engine::utc_text;
 use crate::size::human;
+use engine::utc_text;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -58,8 +58,6 @@ pub(crate) struct Layer {
 /// Whether a parent is what its child was made over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-// Nothing tells these yet.
-#[allow(dead_code, reason = "chains do not tell how they are linked yet")]
 pub(crate) enum Link {
     /// It is.
     Sound,
@@ -87,7 +85,7 @@ pub(crate) struct Snapshot {
     /// When, in seconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) time: Option<u64>,
-    /// What the instant is worth: `crash` or `application`.
+    /// What the instant is worth: `crash`, `frozen` or `offline`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) consistency: Option<String>,
 }
@@ -168,7 +166,6 @@ impl Forest {
     }
 
     /// Adds an image that is known to depend on another one that is there.
-    #[cfg_attr(not(test), allow(dead_code, reason = "images do not tell yet who depends on them"))]
     pub(crate) fn add_child(&mut self, parent: &Path, child: Layer) {
         let Some(parent) = self.find(parent) else { return };
         let at = self.add(child);

@@ -2,12 +2,13 @@
 
 use crate::types::{
     ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, JobQuery, JobRate, MapQuery, MapReply,
-    MarkList, ResizeRequest, VersionInfo, ViewList,
+    MarkList, ResizeRequest, SnapshotList, VersionInfo, ViewList,
 };
 use engine::history::report::{ChangesReport, HistoryReport, MarkReport};
 use engine::history::{MarkSpec, ViewReport};
 use engine::images::report::ImageInfo;
 use engine::linkage::ChainReport;
+use engine::snapshots::{CloneSpec, SnapshotReport, SnapshotSpec};
 use engine::{DiskSpec, DiskStatus, Event, ExportSpec, ExportStatus, JobKind, JobStatus};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
@@ -216,6 +217,28 @@ impl Client {
         Ok(marks)
     }
 
+    /// Takes a snapshot of disks, or of all disks of virtual machines, at one instant.
+    pub async fn snapshot(&self, spec: &SnapshotSpec) -> Result<Vec<SnapshotReport>> {
+        let SnapshotList { snapshots } = self.send(self.request(Method::POST, "/v1/snapshots").json(spec)).await?;
+        Ok(snapshots)
+    }
+
+    /// The snapshots of a disk, oldest first.
+    pub async fn snapshots(&self, disk: &str) -> Result<Vec<SnapshotReport>> {
+        let SnapshotList { snapshots } = self.get(&disk_path(disk, "/snapshots")).await?;
+        Ok(snapshots)
+    }
+
+    /// Has a disk that nobody is connected to go back to a snapshot.
+    pub async fn revert(&self, disk: &str, snapshot: &str) -> Result<DiskStatus> {
+        self.send(self.request(Method::POST, &snapshot_path(disk, snapshot, "/revert"))).await
+    }
+
+    /// Makes a new image that begins as a snapshot of a disk.
+    pub async fn clone_snapshot(&self, disk: &str, snapshot: &str, spec: &CloneSpec) -> Result<ImageInfo> {
+        self.send(self.request(Method::POST, &snapshot_path(disk, snapshot, "/clones")).json(spec)).await
+    }
+
     /// A part of what changed on a disk.
     pub async fn changes(&self, disk: &str, query: &ChangesQuery) -> Result<ChangesReport> {
         self.get(&with_query(&disk_path(disk, "/changes"), query)).await
@@ -350,6 +373,10 @@ impl EventStream {
 /// The path of a disk; what a segment may not hold is encoded.
 fn disk_path(name: &str, rest: &str) -> String {
     format!("/v1/disks/{}{rest}", percent(name))
+}
+
+fn snapshot_path(disk: &str, snapshot: &str, rest: &str) -> String {
+    disk_path(disk, &format!("/snapshots/{}{rest}", percent(snapshot)))
 }
 
 fn mark_path(disk: &str, mark: &str) -> String {

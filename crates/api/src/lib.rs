@@ -7,6 +7,7 @@ mod client;
 mod types;
 
 pub use client::{Client, ClientError, EventStream};
+pub use engine::consolidation::{ConsolidateReport, ConsolidateSpec};
 pub use engine::history::report::{
     ChangedRange, ChangesReport, HistoryReport, KindOfChange, MarkConsistency, MarkReport,
 };
@@ -16,13 +17,16 @@ pub use engine::images::report::{
     Qcow2Info, SnapshotInfo,
 };
 pub use engine::linkage::{
-    ChainReport, ChildReport, ChildState, FaultKind, HashReport, LayerReport, LinkReport, LinkState, SnapshotFacts,
+    ChainReport, ChildReport, ChildState, FaultKind, HashReport, LayerReport, LinkReport, LinkState,
+    SnapshotConsistency, SnapshotFacts,
 };
+pub use engine::promotion::{PromoteReport, PromoteSpec};
+pub use engine::snapshots::{CloneSpec, SnapshotReport, SnapshotSpec};
 pub use engine::{
     CacheMode, DiskSpec, DiskState, DiskStatus, Event, ExportSpec, ExportStatus, Format, ImageSpec, JobKind, JobState,
     JobStatus, TlsSpec,
 };
 pub use types::{
     ChangesQuery, DiskList, ErrorBody, ExportQuery, ImageChain, JobList, JobQuery, JobRate, MapQuery, MapReply,
-    MarkList, ResizeRequest, VersionInfo, ViewList, default_socket, runtime_directory, socket_to_try,
+    MarkList, ResizeRequest, SnapshotList, VersionInfo, ViewList, default_socket, runtime_directory, socket_to_try,
 };

@@ -4,6 +4,7 @@ use engine::history::ViewReport;
 use engine::history::report::MarkReport;
 use engine::images::report::{ImageInfo, MapEntry};
 use engine::images::request::PreallocationMode;
+use engine::snapshots::SnapshotReport;
 use engine::{DiskStatus, JobStatus};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -103,6 +104,13 @@ pub struct MapReply {
 pub struct MarkList {
     /// The marks.
     pub marks: Vec<MarkReport>,
+}
+
+/// Snapshots of a disk, oldest first; or those that were taken together.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotList {
+    /// The snapshots.
+    pub snapshots: Vec<SnapshotReport>,
 }
 
 /// Which changes of a disk are asked for. An answer has a bounded number of ranges.

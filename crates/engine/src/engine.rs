@@ -6,15 +6,17 @@ use crate::exports::{DefaultSocket, OpenExport, Servers};
 use crate::history::marking::{self, Member};
 use crate::history::report::{ChangesReport, HistoryReport, MarkReport};
 use crate::history::views::{self, OpenView};
-use crate::history::{MarkSpec, ViewReport};
+use crate::history::{HistorySource, MarkSpec, ViewReport};
 use crate::home::{DiskId, Home};
 use crate::images::report::{ImageInfo, MapEntry};
-use crate::images::request::{NewSize, PreallocationMode, SourceSpec};
+use crate::images::request::{NewSize, PreallocationMode, SourceSpec, require_absolute};
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{self, Progress, Workshop};
 use crate::jobs::Jobs;
 use crate::linkage::{self, ChainReport, LinkageUse};
 use crate::metrics::{self, ExportCounters};
+use crate::snapshots::instant::{self, NewTop};
+use crate::snapshots::{self, CloneSpec, SnapshotReport, SnapshotSpec};
 use crate::{
     Catalogue, DiskSpec, DiskState, DiskStatus, EngineError, Event, ExportSpec, ExportStatus, Format, ImageSpec,
     SocketAccess, chain_text, format_policy,
@@ -77,6 +79,12 @@ struct Entry {
 impl Entry {
     fn opening(spec: DiskSpec, listed: bool) -> Self {
         Self { spec, phase: Phase::Opening, exports: Vec::new(), listed, pinned: false, history: None }
+    }
+
+    fn set_format(&mut self, format: Format) {
+        if let Phase::Open { facts, .. } = &mut self.phase {
+            facts.format = format;
+        }
     }
 
     fn status(&self) -> DiskStatus {
@@ -592,16 +600,11 @@ impl Engine {
         home.with(move |stack| async move { images::map::map(&stack, range, most).await }).await
     }
 
-    /// Takes a mark of disks, or of all disks of virtual machines, at one instant.
-    ///
-    /// # Errors
-    /// When one of them has no history, the name is taken, or the guest could not be frozen and thawed: then there is no
-    /// mark on any of them.
-    pub async fn mark(&self, spec: MarkSpec) -> Result<Vec<MarkReport>, EngineError> {
-        spec.validate()?;
+    /// The disks of these names; a virtual machine's stands for all of its disks.
+    fn disks_named(&self, asked: &[String]) -> Result<Vec<String>, EngineError> {
         let mut names: Vec<String> = Vec::new();
-        for name in &spec.disks {
-            let disks = self.disks();
+        let disks = self.disks();
+        for name in asked {
             if disks.contains_key(name) {
                 names.push(name.clone());
                 continue;
@@ -615,9 +618,20 @@ impl Engine {
         }
         names.sort_unstable();
         names.dedup();
-        if names.is_empty() {
-            return Err(EngineError::Invalid("no disk is named".to_owned()));
+        match names.is_empty() {
+            true => Err(EngineError::Invalid("no disk is named".to_owned())),
+            false => Ok(names),
         }
+    }
+
+    /// Takes a mark of disks, or of all disks of virtual machines, at one instant.
+    ///
+    /// # Errors
+    /// When one of them has no history, the name is taken, or the guest could not be frozen and thawed: then there is no
+    /// mark on any of them.
+    pub async fn mark(&self, spec: MarkSpec) -> Result<Vec<MarkReport>, EngineError> {
+        spec.validate()?;
+        let names = self.disks_named(&spec.disks)?;
         let members = names
             .into_iter()
             .map(|name| {
@@ -643,6 +657,122 @@ impl Engine {
             self.tell(Event::MarkAdded { disk: mark.disk.clone(), mark: mark.name.clone() });
         }
         Ok(marks)
+    }
+
+    /// Takes a snapshot of disks, or of all disks of virtual machines, at one instant, while their guests run.
+    ///
+    /// # Errors
+    /// When one of them cannot have one of that name, or the guest could not be frozen and thawed: then there is none on any
+    /// of them.
+    pub async fn snapshot(&self, spec: SnapshotSpec) -> Result<Vec<SnapshotReport>, EngineError> {
+        spec.validate()?;
+        let members = self
+            .disks_named(&spec.disks)?
+            .into_iter()
+            .map(|name| Ok(instant::Member { home: self.home(&name)?.0, name }))
+            .collect::<Result<Vec<_>, EngineError>>()?;
+        let snapshots = instant::take(&members, &spec.name, spec.freeze, |tops| self.enter_tops(tops)).await?;
+        for snapshot in &snapshots {
+            self.look_at_history(&snapshot.disk).await;
+            self.tell(Event::SnapshotAdded { disk: snapshot.disk.clone(), snapshot: snapshot.name.clone() });
+        }
+        Ok(snapshots)
+    }
+
+    /// The snapshots of a disk, oldest first.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchDisk`], or when the layers' facts cannot be read.
+    pub async fn snapshots(&self, name: &str) -> Result<Vec<SnapshotReport>, EngineError> {
+        let (home, _) = self.home(name)?;
+        let disk = name.to_owned();
+        home.with(move |stack| async move { stack.snapshots(&disk).await }).await
+    }
+
+    /// Has a disk that nobody is connected to go back to a snapshot. What it holds now, and no snapshot holds, is lost.
+    ///
+    /// # Errors
+    /// When somebody is connected, or there is no such snapshot: the disk is as it was then.
+    pub async fn revert(&self, name: &str, snapshot: &str) -> Result<DiskStatus, EngineError> {
+        let known = snapshots::named(self.snapshots(name).await?, name, snapshot)?;
+        linkage::refuse_half_merged(&known.file).await?;
+        let (spec, home, exports) = {
+            let mut disks = self.disks();
+            let entry = disks.get_mut(name).ok_or_else(|| EngineError::NoSuchDisk(name.to_owned()))?;
+            if let Some(busy) = busy(name, &entry.phase) {
+                return Err(busy);
+            }
+            if entry.exports.iter().any(|export| export.stats.connections() > 0) {
+                return Err(EngineError::Connected(name.to_owned()));
+            }
+            let spec = entry.spec.clone();
+            let home = match std::mem::replace(&mut entry.phase, Phase::Closing) {
+                Phase::Open { home, .. } => Some(home),
+                _ => None,
+            };
+            (spec, home, std::mem::take(&mut entry.exports))
+        };
+        self.close_views_of(Some(name)).await;
+        self.servers.close_all(exports).await;
+        let closed = match home {
+            Some(home) => home.close().await,
+            None => Ok(()),
+        };
+        let reverted = match closed {
+            Ok(()) => {
+                let ImageSpec { file, format, .. } = spec.image.clone();
+                let source = HistorySource { file, format, history: spec.history.clone() };
+                self.workshop().revert(source, snapshot.to_owned()).await
+            }
+            Err(error) => Err(error),
+        };
+        self.reopen(&spec).await;
+        reverted?;
+        self.tell(Event::SnapshotReverted { disk: name.to_owned(), snapshot: snapshot.to_owned() });
+        self.disk(name)
+    }
+
+    /// Makes a new image that begins as a snapshot of a disk.
+    ///
+    /// # Errors
+    /// When there is no such snapshot, or something stands where the clone is to be.
+    pub async fn clone_snapshot(&self, name: &str, snapshot: &str, spec: CloneSpec) -> Result<ImageInfo, EngineError> {
+        require_absolute(&spec.target)?;
+        let snapshot = snapshots::named(self.snapshots(name).await?, name, snapshot)?;
+        linkage::refuse_half_merged(&snapshot.file).await?;
+        let plan = dataplane::offload(move || snapshots::plan_of_clone(&snapshot, &spec.target)).await?;
+        self.workshop().create(plan, Progress::new()).await
+    }
+
+    /// These images are the disks' top ones from now on.
+    ///
+    /// Crash: the catalogue names the old files or the new ones, which hold the same.
+    fn enter_tops(&self, tops: &[NewTop]) -> Result<(), EngineError> {
+        let mut before = Vec::new();
+        for NewTop { disk, image, format, history } in tops {
+            let mut disks = self.disks();
+            let Some(entry) = disks.get_mut(disk) else { continue };
+            let same_file = entry.spec.image.file.canonicalize().is_ok_and(|file| file == *image);
+            if same_file && entry.spec.image.format == Some(*format) {
+                continue; // It keeps its name.
+            }
+            before.push((disk, entry.spec.clone()));
+            entry.spec.image = ImageSpec::of(image, Some(*format));
+            if entry.spec.history.file.is_none() {
+                entry.spec.history.file.clone_from(history);
+            }
+            entry.set_format(*format);
+        }
+        let saved = if before.is_empty() { Ok(()) } else { self.save() };
+        if saved.is_err() {
+            for (disk, spec) in before {
+                if let Some(entry) = self.disks().get_mut(disk) {
+                    spec.image.format.into_iter().for_each(|format| entry.set_format(format));
+                    entry.spec = spec;
+                }
+            }
+        }
+        saved
     }
 
     /// Takes the history's present facts into the disk's status.

@@ -155,6 +155,44 @@ pub enum EngineError {
         /// What it is.
         found: FileKind,
     },
+    /// A file stands where one is to be made.
+    #[error("{}: {what}", file.display())]
+    Taken {
+        /// The file.
+        file: PathBuf,
+        /// What it is for, and the next step.
+        what: &'static str,
+    },
+    /// The layer of a snapshot whose deletion was cut off.
+    #[error(
+        "{}: does not hold snapshot {snapshot:?} any more, as its deletion was begun; end that with `highwater snapshot delete`",
+        image.display()
+    )]
+    HalfMerged {
+        /// The layer.
+        image: PathBuf,
+        /// The snapshot.
+        snapshot: String,
+    },
+    /// Other work on a disk's layers is under way.
+    #[error("{}: {word}; wait for the end of that job, or cancel it (`highwater jobs list`)", image.display())]
+    Rearranging {
+        /// The image.
+        image: PathBuf,
+        /// What is done to it.
+        word: &'static str,
+    },
+    /// Somebody uses the disk.
+    #[error("somebody is connected to disk {0:?}, whose content must not change under him; shut the guest down first")]
+    Connected(String),
+    /// No snapshot of that name.
+    #[error("{disk} has no snapshot {snapshot:?}; `highwater snapshot list` shows all")]
+    NoSuchSnapshot {
+        /// The disk.
+        disk: String,
+        /// The snapshot asked for.
+        snapshot: String,
+    },
     /// A request that contradicts itself or the rules.
     #[error("{0}")]
     Invalid(String),
@@ -362,6 +400,7 @@ impl EngineError {
             | Self::NoSuchView(_)
             | Self::NoSuchExport { .. }
             | Self::NoSuchJob(_)
+            | Self::NoSuchSnapshot { .. }
             | Self::NoSuchPath => ErrorClass::NotFound,
             Self::DiskExists(_)
             | Self::Busy { .. }
@@ -373,11 +412,14 @@ impl EngineError {
             | Self::TooManyJobs(_)
             | Self::ExportExists { .. }
             | Self::SocketDiffers { .. }
+            | Self::Taken { .. }
+            | Self::Rearranging { .. }
+            | Self::HalfMerged { .. }
             | Self::TlsDiffers { .. }
             | Self::Linkage(_)
             | Self::Unproven { .. }
             | Self::HasChildren { .. } => ErrorClass::Conflict,
-            Self::HeldByDisk { .. } => ErrorClass::InUse,
+            Self::HeldByDisk { .. } | Self::Connected(_) => ErrorClass::InUse,
             Self::BadName(_)
             | Self::WhichExport(_)
             | Self::NotQcow2 { .. }

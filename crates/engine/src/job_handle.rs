@@ -17,6 +17,12 @@ pub struct JobHandle {
 }
 
 impl JobHandle {
+    /// Of work that is no job of a daemon: it is remembered by nobody.
+    pub(crate) fn of_no_job(progress: Progress) -> Self {
+        let position = Arc::new(JobPosition::new(None, 0));
+        Self { id: 0, progress, position, begun_again: false, resumable: false }
+    }
+
     /// The job's number.
     pub fn id(&self) -> u64 {
         self.id

@@ -1,10 +1,12 @@
 //! What jobs there are.
 
 use crate::EngineError;
+use crate::consolidation::ConsolidateSpec;
 use crate::history::AuditSpec;
 use crate::images::request::{
     CheckSpec, CompareSpec, ConvertSpec, CreateSpec, MeasureSpec, ResizeSpec, SourceSpec, require_absolute,
 };
+use crate::promotion::PromoteSpec;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
@@ -29,6 +31,10 @@ pub enum JobKind {
     Measure(MeasureSpec),
     /// Change the size of an image that nobody uses.
     Resize(ResizeSpec),
+    /// Give a disk of the daemon a new image that holds all of it, while its guest writes on.
+    Promote(PromoteSpec),
+    /// Merge a layer of a disk of the daemon into its neighbour, while its guest writes on.
+    Consolidate(ConsolidateSpec),
 }
 
 impl JobKind {
@@ -42,6 +48,8 @@ impl JobKind {
             Self::Check(_) => "check",
             Self::Measure(_) => "measure",
             Self::Resize(_) => "resize",
+            Self::Promote(_) => "promote",
+            Self::Consolidate(_) => "consolidate",
         }
     }
 
@@ -56,6 +64,7 @@ impl JobKind {
             | Self::Check(_)
             | Self::Measure(_)
             | Self::Resize(_) => false,
+            Self::Promote(_) | Self::Consolidate(_) => true,
         }
     }
 
@@ -65,6 +74,11 @@ impl JobKind {
     /// [`EngineError::Invalid`].
     pub fn validate(&self) -> Result<(), EngineError> {
         self.sources().into_iter().try_for_each(SourceSpec::validate)?;
+        match self {
+            Self::Promote(spec) => spec.validate()?,
+            Self::Consolidate(spec) => spec.validate()?,
+            _ => {}
+        }
         let history = match self {
             Self::Check(spec) => spec.history_file.as_deref(),
             Self::Resize(spec) => spec.history_file.as_deref(),
@@ -81,7 +95,7 @@ impl JobKind {
             Self::Compare(spec) => vec![&spec.first, &spec.second],
             Self::Audit(spec) => vec![&spec.source, &spec.against],
             Self::Measure(spec) => spec.source.iter().collect(),
-            Self::Create(_) | Self::Check(_) | Self::Resize(_) => Vec::new(),
+            Self::Create(_) | Self::Check(_) | Self::Resize(_) | Self::Promote(_) | Self::Consolidate(_) => Vec::new(),
         }
     }
 
@@ -92,7 +106,7 @@ impl JobKind {
             Self::Compare(spec) => vec![&mut spec.first, &mut spec.second],
             Self::Audit(spec) => vec![&mut spec.source, &mut spec.against],
             Self::Measure(spec) => spec.source.iter_mut().collect(),
-            Self::Create(_) | Self::Check(_) | Self::Resize(_) => Vec::new(),
+            Self::Create(_) | Self::Check(_) | Self::Resize(_) | Self::Promote(_) | Self::Consolidate(_) => Vec::new(),
         }
     }
 
@@ -103,7 +117,8 @@ impl JobKind {
             Self::Convert(spec) => vec![&spec.target],
             Self::Check(spec) => vec![&spec.file],
             Self::Resize(spec) => vec![&spec.file],
-            Self::Compare(_) | Self::Audit(_) | Self::Measure(_) => Vec::new(),
+            Self::Promote(spec) => vec![&spec.target],
+            Self::Compare(_) | Self::Audit(_) | Self::Measure(_) | Self::Consolidate(_) => Vec::new(),
         }
     }
 
@@ -127,6 +142,8 @@ impl PartialSchema for JobKind {
             ("check", CheckSpec::schema()),
             ("measure", MeasureSpec::schema()),
             ("resize", ResizeSpec::schema()),
+            ("promote", PromoteSpec::schema()),
+            ("consolidate", ConsolidateSpec::schema()),
         ];
         let mut one_of = OneOfBuilder::new().description(Some("What a job is to do. Paths are absolute."));
         for (word, schema) in kinds {
@@ -149,6 +166,8 @@ impl ToSchema for JobKind {
         CheckSpec::schemas(schemas);
         MeasureSpec::schemas(schemas);
         ResizeSpec::schemas(schemas);
+        PromoteSpec::schemas(schemas);
+        ConsolidateSpec::schemas(schemas);
     }
 }
 

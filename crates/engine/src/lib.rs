@@ -13,6 +13,7 @@
 //! Invariant: tokio does not appear here.
 
 mod catalogue;
+pub mod consolidation;
 mod durable_file;
 mod engine;
 mod error;
@@ -30,6 +31,8 @@ mod job_status;
 mod jobs;
 pub mod linkage;
 mod metrics;
+pub mod promotion;
+pub mod snapshots;
 mod socket_access;
 mod spec;
 mod status;

@@ -4,6 +4,7 @@ use crate::history::report::HistoryReport;
 use crate::images::ProgressUnit;
 use crate::{DiskSpec, ExportSpec, Format, JobState};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use utoipa::ToSchema;
 
 /// Where a disk is in its life.
@@ -121,6 +122,35 @@ pub enum Event {
         disk: String,
         /// Which.
         mark: String,
+    },
+    /// A disk has another image, which holds the same.
+    DiskMoved {
+        /// Which.
+        disk: String,
+        /// The image.
+        #[schema(value_type = String)]
+        file: PathBuf,
+    },
+    /// A snapshot was taken.
+    SnapshotAdded {
+        /// Of which disk.
+        disk: String,
+        /// Which.
+        snapshot: String,
+    },
+    /// A disk went back to a snapshot.
+    SnapshotReverted {
+        /// Which disk.
+        disk: String,
+        /// To which snapshot.
+        snapshot: String,
+    },
+    /// A snapshot was merged into its neighbour.
+    SnapshotRemoved {
+        /// Of which disk.
+        disk: String,
+        /// Which.
+        snapshot: String,
     },
     /// A view of a disk at a mark was closed.
     ViewClosed {

@@ -86,6 +86,15 @@ pub(crate) enum Verb {
     /// Work with the chain of images that a disk is made of
     #[command(subcommand)]
     Chain(ChainVerb),
+    /// Give a disk a new image that holds all of it, while its guest writes on: a linked clone becomes a full one
+    Promote(PromoteArgs),
+    /// Bring a disk to another place, or into another format, while its guest writes on
+    Move(PromoteArgs),
+    /// Merge a disk's top layer into its parent, which becomes the disk, while its guest writes on
+    Commit(CommitArgs),
+    /// Freeze the states of disks under names, go back to them, and make clones of them
+    #[command(subcommand)]
+    Snapshot(SnapshotVerb),
     /// Work with the daemon's disks
     #[command(subcommand)]
     Disk(DiskVerb),
@@ -454,6 +463,120 @@ pub(crate) enum ViewsVerb {
     Close {
         /// The view: the disk's and the mark's names with @ between
         view: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PromoteArgs {
+    /// A file, or the name of a disk of the daemon
+    pub(crate) disk: PathBuf,
+    /// The disk's new image
+    pub(crate) target: PathBuf,
+    /// Its format; by its extension when absent, and raw when that says nothing
+    #[arg(short = 'O', long = "output-format", value_name = "FORMAT", value_parser = choices::format())]
+    pub(crate) output_format: Option<Format>,
+    /// Format options, K=V,…; `help` lists them
+    #[arg(short = 'o', long = "options", value_name = "K=V,…")]
+    pub(crate) options: Vec<String>,
+    #[command(flatten)]
+    pub(crate) of: HistoryOfArgs,
+    /// Remove the old image (not what is below it) when the new one has taken its place
+    #[arg(long)]
+    pub(crate) remove_source: bool,
+    /// Bytes a second that may move at most, with suffixes k M G T P E
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(crate) rate: Option<RateArg>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CommitArgs {
+    /// A file, or the name of a disk of the daemon
+    pub(crate) disk: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: HistoryOfArgs,
+    /// Bytes a second that may move at most, with suffixes k M G T P E
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(crate) rate: Option<RateArg>,
+}
+
+/// Which neighbour takes up a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IntoArg {
+    /// The layer below
+    Parent,
+    /// The layer above
+    Child,
+}
+
+impl From<IntoArg> for engine::consolidation::Neighbour {
+    fn from(into: IntoArg) -> Self {
+        match into {
+            IntoArg::Parent => Self::Parent,
+            IntoArg::Child => Self::Child,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotVerb {
+    /// Freeze what disks hold now, at one instant, while their guests run
+    #[command(override_usage = "highwater snapshot create [OPTIONS] <DISK>... <NAME>")]
+    Create {
+        /// Disks of the daemon, its virtual machines (all of their disks), or files; and the snapshot's name
+        #[arg(required = true, value_name = "DISK… NAME")]
+        disks_and_name: Vec<PathBuf>,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+        /// Freeze the guest's file systems at the instant, through its agent's unix socket
+        #[arg(long, value_name = "SOCKET")]
+        freeze: Option<PathBuf>,
+        /// Milliseconds that the guest may be frozen [default: 10000]
+        #[arg(long, value_name = "MS", requires = "freeze")]
+        freeze_limit: Option<u64>,
+    },
+    /// Show the snapshots of a disk
+    List {
+        /// A file, or the name of a disk of the daemon
+        disk: PathBuf,
+        /// The file's format; by its extension when absent
+        #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+        format: Option<Format>,
+    },
+    /// Go back to a snapshot; what the disk holds now, and no snapshot holds, is lost
+    Revert {
+        /// A file, or the name of a disk of the daemon that nobody is connected to
+        disk: PathBuf,
+        /// The snapshot
+        name: String,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+    },
+    /// Forget a snapshot: its layer is merged into its neighbour while the guest writes on; the disk's content stays
+    Delete {
+        /// A file, or the name of a disk of the daemon
+        disk: PathBuf,
+        /// The snapshot
+        name: String,
+        /// Which way the bytes go [default: the one that moves fewer]
+        #[arg(long, value_enum, value_name = "SIDE")]
+        into: Option<IntoArg>,
+        #[command(flatten)]
+        of: HistoryOfArgs,
+        /// Bytes a second that may move at most, with suffixes k M G T P E
+        #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+        rate: Option<RateArg>,
+    },
+    /// Make a new disk that begins as a snapshot and shares its bytes
+    Clone {
+        /// A file, or the name of a disk of the daemon
+        disk: PathBuf,
+        /// The snapshot
+        name: String,
+        /// The new disk, a qcow2 image
+        target: PathBuf,
+        /// The file's format; by its extension when absent
+        #[arg(short = 'f', long = "format", value_name = "FORMAT", value_parser = choices::format())]
+        format: Option<Format>,
     },
 }
 
@@ -892,6 +1015,14 @@ mod tests {
             "chain rebase a.qcow2 -b base.raw -F raw -u",
             "chain repair a.qcow2",
             "chain forget base.qcow2 a.qcow2",
+            "snapshot create a b vm --json before --freeze /s --freeze-limit 500",
+            "snapshot list a",
+            "snapshot delete a before --into child --rate 60M",
+            "promote a b.qcow2 -O qcow2 -o cluster_size=64k --rate 60M",
+            "move a /x/b.raw --remove-source",
+            "commit a",
+            "snapshot revert a before",
+            "snapshot clone a before b.qcow2",
             "completions bash",
             "freeze-guard /s --limit 500 --connect-limit 1 --freeze-limit 2",
         ] {

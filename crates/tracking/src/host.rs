@@ -27,9 +27,13 @@ pub struct ImageFacts {
     pub block_device: bool,
     /// Sectors that were written to a block device since the machine was started, as the kernel counts them.
     pub sectors_written: Option<u64>,
-    /// A digest of size and modification of the disk's other files (parents, data file); 0 where there are none.
+    /// A digest of size and modification of the disk's other files (parents, data file): an odd number, 0 where there are
+    /// none, or [`OTHERS_CHANGE`].
     pub others: u64,
 }
+
+/// Instead of a digest: whoever keeps the history is changing the other files, in ways that the guest does not see.
+pub const OTHERS_CHANGE: u64 = 2;
 
 /// What an image itself bears: put there by us, and lost when a program writes to it that does not know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -48,7 +48,7 @@ mod trust;
 pub use changes::{Change, ChangesQuery, Span};
 pub use damage::{Damage, HistoryError};
 pub use history::{CreateOptions, History, HistoryInfo};
-pub use host::{Boot, Host, ImageFacts, ImageMark};
+pub use host::{Boot, Host, ImageFacts, ImageMark, OTHERS_CHANGE};
 pub use id::Id;
 pub use kind::ChangeKind;
 pub use points::{Consistency, MAX_NAME, PendingRun, Point, Refusal};

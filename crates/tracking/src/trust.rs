@@ -1,7 +1,7 @@
 //! Whether the image is still the one that the history speaks of.
 
 use crate::superblock::{State, Superblock};
-use crate::{Boot, ImageFacts, ImageMark};
+use crate::{Boot, ImageFacts, ImageMark, OTHERS_CHANGE};
 use std::fmt;
 
 /// How much later than the last sign of life a write of ours may have been, in milliseconds: signs come every second.
@@ -159,7 +159,7 @@ fn judge_image(
     if found.block_device {
         return judge_device(recorded, found, restarted);
     }
-    if then.others != found.others {
+    if then.others != found.others && then.others != OTHERS_CHANGE {
         return Some(Distrust::OtherFiles);
     }
     let moved = (then.device, then.inode) != (found.device, found.inode);
@@ -275,6 +275,14 @@ mod tests {
         }
         assert_eq!(ask(ImageFacts { size: 1, ..facts() }), Some(Distrust::Size { recorded: 4096, found: 1 }));
         assert_eq!(ask(ImageFacts { others: 1, ..facts() }), Some(Distrust::OtherFiles));
+        let mut changing = r.clone();
+        changing.facts.others = OTHERS_CHANGE;
+        let found = ImageFacts { others: 1, ..facts() };
+        assert_eq!(
+            judge_image(&changing, &found, None, NEXT_BOOT, 0),
+            None,
+            "they were changed by who keeps the history"
+        );
         assert_eq!(ask(ImageFacts { block_device: true, ..facts() }), Some(Distrust::OtherSort));
     }
 

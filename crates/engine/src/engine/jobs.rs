@@ -1,10 +1,14 @@
 //! The engine's jobs: what each kind does, with the engine's disks or with files alone.
 
 use super::Engine;
+use crate::consolidation::{ConsolidateSpec, Consolidation};
 use crate::images::live::LiveDisk;
 use crate::jobs::{JobWork, validate_rate};
+use crate::promotion::{PromoteSpec, Promotion};
+use crate::snapshots::instant::NewTop;
 use crate::{EngineError, Event, JobHandle, JobKind, JobState, JobStatus, Jobs, chain_text};
 use serde_json::Value;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,6 +108,9 @@ impl Engine {
                 source.live = Some(LiveDisk { home, name: name.clone(), file, size: facts.size });
             }
         }
+        if let JobKind::Promote(PromoteSpec { disk, .. }) | JobKind::Consolidate(ConsolidateSpec { disk, .. }) = &kind {
+            self.home(disk)?;
+        }
         Ok(kind)
     }
 
@@ -122,7 +129,44 @@ impl Engine {
                 let workshop = self.workshop();
                 Box::pin(async move { workshop.perform(kind, job.progress().clone()).await })
             }
+            JobKind::Promote(spec) => {
+                let this = Arc::clone(self);
+                Box::pin(async move { this.promote(spec, job).await })
+            }
+            JobKind::Consolidate(spec) => {
+                let this = Arc::clone(self);
+                Box::pin(async move { this.consolidate(spec, job).await })
+            }
         }
+    }
+
+    async fn promote(self: Arc<Self>, spec: PromoteSpec, job: JobHandle) -> Result<Value, EngineError> {
+        let (home, _) = self.home(&spec.disk)?;
+        let cache = self.disk(&spec.disk)?.spec.cache;
+        let (this, disk) = (Arc::clone(&self), spec.disk.clone());
+        let enter = Box::new(move |image: &Path, format, history| {
+            this.enter_tops(&[NewTop { disk, image: image.to_owned(), format, history }])
+        });
+        let promotion = Promotion { spec, cache, job, enter };
+        let report = home.with(move |stack| promotion.run(stack)).await?;
+        self.look_at_history(&report.disk).await;
+        self.tell(Event::DiskMoved { disk: report.disk.clone(), file: report.file.clone() });
+        serde_json::to_value(report).map_err(|e| EngineError::Invalid(e.to_string()))
+    }
+
+    async fn consolidate(self: Arc<Self>, spec: ConsolidateSpec, job: JobHandle) -> Result<Value, EngineError> {
+        let (home, _) = self.home(&spec.disk)?;
+        let (this, disk) = (Arc::clone(&self), spec.disk.clone());
+        let enter = Box::new(move |image: &Path, format, history| {
+            this.enter_tops(&[NewTop { disk, image: image.to_owned(), format, history }])
+        });
+        let consolidation = Consolidation { spec, job, enter };
+        let report = home.with(move |stack| consolidation.run(stack)).await?;
+        self.look_at_history(&report.disk).await;
+        if let Some(snapshot) = &report.snapshot {
+            self.tell(Event::SnapshotRemoved { disk: report.disk.clone(), snapshot: snapshot.clone() });
+        }
+        serde_json::to_value(report).map_err(|e| EngineError::Invalid(e.to_string()))
     }
 
     /// Tells how far a job is, unless it is paused; `false` when it has ended.

@@ -4,7 +4,7 @@ use super::host::random_id;
 use super::report::MarkReport;
 use super::views::{self, ViewSpec};
 use crate::EngineError;
-use crate::guest_agent::{FreezeLimits, GuestAgent};
+use crate::guest_agent::{FreezeLimits, Frozen, GuestAgent};
 use crate::home::{DiskId, Home};
 use crate::images::stack::Stack;
 use disk::StorageHandle;
@@ -30,6 +30,30 @@ pub struct FreezeSpec {
     pub limit_ms: Option<u64>,
 }
 
+impl FreezeSpec {
+    /// Checks what can be checked without looking at a socket.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`].
+    pub fn validate(&self) -> Result<(), EngineError> {
+        match self.socket.is_absolute() {
+            true => Ok(()),
+            false => {
+                Err(EngineError::Invalid(format!("the guest agent's path {} is not absolute", self.socket.display())))
+            }
+        }
+    }
+
+    /// Freezes the guest.
+    pub(crate) async fn freeze(self) -> Result<Frozen, EngineError> {
+        let mut agent = GuestAgent::new(self.socket);
+        if let Some(limit) = self.limit_ms {
+            agent.limits = FreezeLimits { frozen: Duration::from_millis(limit), ..agent.limits };
+        }
+        agent.freeze().await
+    }
+}
+
 /// A mark to be taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -52,12 +76,7 @@ impl MarkSpec {
     /// # Errors
     /// [`EngineError::Invalid`].
     pub fn validate(&self) -> Result<(), EngineError> {
-        match &self.freeze {
-            Some(FreezeSpec { socket, .. }) if !socket.is_absolute() => {
-                Err(EngineError::Invalid(format!("the guest agent's path {} is not absolute", socket.display())))
-            }
-            _ => Ok(()),
-        }
+        self.freeze.as_ref().map_or(Ok(()), FreezeSpec::validate)
     }
 }
 
@@ -151,7 +170,7 @@ async fn make_stores(members: &[Member], spec: &ViewSpec) -> Result<Vec<Option<(
     let made = members.iter().map(|member| {
         let spec = spec.clone();
         member.home.with(move |stack| async move {
-            views::store(&spec, stack.image(), stack.disk().geometry().size).await.map(Some)
+            views::store(&spec, &stack.image(), stack.disk().geometry().size).await.map(Some)
         })
     });
     join_all(made).await.into_iter().collect()
@@ -180,13 +199,7 @@ async fn mark_members(
     }
     let frozen = match freeze {
         None => None,
-        Some(FreezeSpec { socket, limit_ms }) => {
-            let mut agent = GuestAgent::new(socket);
-            if let Some(limit) = limit_ms {
-                agent.limits = FreezeLimits { frozen: Duration::from_millis(limit), ..agent.limits };
-            }
-            Some(agent.freeze().await?)
-        }
+        Some(freeze) => Some(freeze.freeze().await?),
     };
     let held = join_all(members.iter().map(|member| {
         let name = name.clone();

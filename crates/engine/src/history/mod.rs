@@ -11,7 +11,7 @@
 pub(crate) mod audit;
 mod bitmaps;
 pub(crate) mod contexts;
-mod host;
+pub(crate) mod host;
 mod lot;
 pub(crate) mod marking;
 mod offline;
@@ -30,4 +30,5 @@ pub(crate) use parked::{forget_parked, may_be_parked, tell_of_parked};
 pub use sidecar::sidecar_of;
 pub(crate) use sidecar::{HistoryRequest, Kept, is_history, open};
 pub use spec::{HistoryMode, HistorySpec};
+pub(crate) use switching::PreparedTop;
 pub use views::{ViewReport, ViewSpec};

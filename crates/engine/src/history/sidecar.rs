@@ -299,7 +299,6 @@ async fn put_aside(file: &Path) -> Result<PathBuf, EngineError> {
 impl Stack {
     /// The history that is kept, or why none is.
     pub(crate) fn kept(&self) -> Result<&Kept, EngineError> {
-        self.history()
-            .map_err(|reason| EngineError::NoHistory { image: self.image().to_owned(), reason: reason.to_owned() })
+        self.history().map_err(|reason| EngineError::NoHistory { image: self.image(), reason: reason.to_owned() })
     }
 }

@@ -19,9 +19,6 @@
 //! The old image keeps its mark. It names a moment that is none of the history's after the switch, so the image is
 //! refused where a copy of the sidecar lies beside it, and a sidecar of its own begins a lineage of its own.
 
-// Snapshots, promotion and consolidation call these.
-#![cfg_attr(not(test), allow(dead_code))]
-
 use super::host::look;
 use super::parked::Lot;
 use super::sidecar::Kept;
@@ -29,7 +26,7 @@ use crate::EngineError;
 use disk::{DiskError, HistoryMark, LayerHandle, Operation};
 use std::os::unix::fs::MetadataExt;
 use storage::FileStorage;
-use tracking::ImageMark;
+use tracking::{Host, ImageFacts, ImageMark, OTHERS_CHANGE};
 
 /// An image that is about to become the top one, as [`Kept::prepare_switch`] has prepared it.
 #[must_use]
@@ -102,6 +99,40 @@ impl Kept {
         self.history().forget_heir().await?;
         Lot::move_to(&self.disk, &self.host.files()).await;
         Ok(())
+    }
+}
+
+impl Kept {
+    /// The disk is made of other files from now on, as it looks to the history.
+    pub(crate) fn set_files(&self, files: Vec<FileStorage>) {
+        self.host.set_files(files);
+    }
+
+    /// Images below the top are about to be changed by ourselves, in ways that the guest does not see: from here on, and
+    /// until [`Kept::lower_images_rest`], they do not count as a sign that somebody else was there. Durable on return.
+    ///
+    /// # Errors
+    /// When the sidecar can neither be written nor given up: they must not be changed.
+    pub(crate) async fn lower_images_change(&self) -> Result<(), EngineError> {
+        self.history().mark_for_heir().await?; // For the session has to have begun.
+        self.take_down(|facts| facts.others = OTHERS_CHANGE).await
+    }
+
+    /// They stay as they are from now on.
+    ///
+    /// # Errors
+    /// When the sidecar can neither be written nor given up.
+    pub(crate) async fn lower_images_rest(&self) -> Result<(), EngineError> {
+        self.take_down(|_| {}).await
+    }
+
+    /// Takes down how the image looks, which stays the same one: it is its own heir.
+    async fn take_down(&self, change: impl FnOnce(&mut ImageFacts)) -> Result<(), EngineError> {
+        let files = self.host.files();
+        let mut facts = dataplane::offload(move || look(&files)).await?;
+        change(&mut facts);
+        self.history().name_heir(facts, self.host.mark()).await?;
+        Ok(self.history().heir_takes_place().await?)
     }
 }
 
@@ -182,6 +213,7 @@ mod tests {
             force_share,
             cache: CacheMode::Writeback,
             history,
+            linkage: crate::linkage::LinkageUse::Ignored,
         };
         Stack::open(&request).await.unwrap()
     }
@@ -212,14 +244,14 @@ mod tests {
         fs::hard_link(&place.disk, &place.parent).unwrap();
         make(&place.overlay, Some("disk@s1.qcow2"), overlay_version).await;
         let over = open(&place.overlay, HistoryUse::None, true).await;
-        let prepared = keeper.prepare_switch(&over.chain().top().clone()).await.unwrap();
+        let prepared = keeper.prepare_switch(&over.chain().top()).await.unwrap();
         if until == Until::Prepared {
             return;
         }
         let still = keeper.disk.hold_still().await.unwrap();
         stack.chain().top().flush().await.unwrap();
         stack.chain().top().close().await.unwrap();
-        keeper.before_switch(prepared, over.files()).await.unwrap();
+        keeper.before_switch(prepared, &over.files()).await.unwrap();
         assert!(!keeper.disk.is_parking());
         match until {
             Until::Named => return,
@@ -232,7 +264,7 @@ mod tests {
             _ => fs::rename(&place.overlay, &place.disk).unwrap(),
         }
         if until == Until::Taken {
-            keeper.after_switch(over.files().to_vec()).await.unwrap();
+            keeper.after_switch(over.files()).await.unwrap();
             assert!(keeper.disk.is_parking());
         }
     }

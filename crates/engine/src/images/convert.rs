@@ -72,7 +72,7 @@ fn validate(spec: &ConvertSpec) -> Result<(), EngineError> {
 
 /// Every file of the source, and refuses a target that is one of them under whatever name.
 async fn files_to_keep(spec: &ConvertSpec, source: &Stack) -> Result<Vec<FileId>, EngineError> {
-    let files = source.files().to_vec();
+    let files = source.files();
     let mut written = vec![spec.target.clone()];
     if let Some(data) = spec.options.get("data_file").filter(|_| !spec.no_create) {
         written.push(beside(&spec.target, data));
@@ -138,7 +138,7 @@ async fn into_target(spec: &ConvertSpec, source: &Stack, progress: Progress) -> 
         Err(error) if spec.no_create => return closing(&target, Err(error)).await,
         Err(error) => {
             let error = closing::<()>(&target, Err(error)).await.err().unwrap_or(EngineError::Cancelled);
-            return Err(unfinished(spec, target.files(), error).await);
+            return Err(unfinished(spec, &target.files(), error).await);
         }
     };
     let result = copy.run().await;
@@ -149,7 +149,7 @@ async fn into_target(spec: &ConvertSpec, source: &Stack, progress: Progress) -> 
     };
     match result {
         Ok(report) => Ok(report),
-        Err(error) => Err(unfinished(spec, target.files(), error).await),
+        Err(error) => Err(unfinished(spec, &target.files(), error).await),
     }
 }
 
@@ -192,7 +192,7 @@ async fn unfinished(spec: &ConvertSpec, files: &[FileStorage], cause: EngineErro
 
 /// Makes what was written durable, and the names of new files.
 async fn sync(spec: &ConvertSpec, target: &Stack) -> Result<(), EngineError> {
-    let files: Vec<FileStorage> = target.files().iter().filter(|file| !file.limits().read_only).cloned().collect();
+    let files: Vec<FileStorage> = target.files().into_iter().filter(|file| !file.limits().read_only).collect();
     let created = !spec.no_create;
     dataplane::offload(move || {
         for file in files {

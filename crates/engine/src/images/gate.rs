@@ -4,6 +4,7 @@ use crate::CacheMode;
 use chain::{Access, OpenGate, Reference};
 use disk::{DiskError, ErrorKind, LocalFuture, Operation, Result, StorageHandle};
 use formats::qcow2::Workers;
+use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::error::Error;
 use std::fs::Metadata;
@@ -28,6 +29,12 @@ impl FileGate {
     /// Opens with locks as usual.
     pub(crate) const fn cached() -> Self {
         Self { cache: CacheMode::Writeback, force_share: false }
+    }
+
+    /// How a file is opened for writing whose lock is taken over from another descriptor of this process.
+    pub(crate) fn unlocked(direct: bool) -> OpenOptions {
+        let cache = if direct { storage::CacheMode::None } else { storage::CacheMode::Writeback };
+        OpenOptions { cache, lock: LockMode::Off, ..OpenOptions::default() }
     }
 
     /// Makes an empty file, in place of one that is there and not in use; block devices stay as they are.
@@ -144,7 +151,7 @@ impl OpenGate for FileGate {
 }
 
 /// Which file it is, whatever name led to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FileId {
     block_device: bool,
     device: u64,

@@ -44,7 +44,7 @@ impl Mended {
 
     /// What was done to the image, which bears that mark now: `harmless`, if no byte that a guest sees was changed.
     pub(crate) async fn after(self, harmless: bool, mark: Option<HistoryMark>) {
-        let image = self.stack.image().to_owned();
+        let image = self.stack.image();
         if let Ok(kept) = self.stack.history() {
             let history = kept.history();
             let told = match harmless && mark == self.mark {
@@ -66,7 +66,7 @@ impl Mended {
 
     /// The repair has failed: the image speaks for itself.
     pub(crate) async fn give_up(self) {
-        let image = self.stack.image().to_owned();
+        let image = self.stack.image();
         close(&self.stack, image).await;
     }
 }

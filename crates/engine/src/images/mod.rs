@@ -3,7 +3,7 @@
 //! A [`Workshop`] does it on an I/O thread and knows nothing of printing; the daemon's jobs and the command
 //! line share it.
 
-mod check;
+pub(crate) mod check;
 mod compare;
 mod convert;
 pub(crate) mod create;
@@ -161,6 +161,9 @@ impl Workshop {
             JobKind::Check(spec) => value(self.check(spec, progress).await?),
             JobKind::Measure(spec) => value(self.measure(spec, progress).await?),
             JobKind::Resize(spec) => value(self.resize(spec, progress).await?),
+            JobKind::Promote(_) | JobKind::Consolidate(_) => {
+                Err(EngineError::Invalid("only a job of the daemon can work on its disks".to_owned()))
+            }
         }
     }
 }

@@ -4,12 +4,14 @@ use super::gate::{FileGate, FileId, RecordingGate};
 use super::live::LiveDisk;
 use crate::history::{HistorySpec, Kept};
 use crate::linkage::{self, LinkageUse};
+use crate::snapshots::rearranging::Rearranging;
+use crate::snapshots::take::Taking;
 use crate::{CacheMode, EngineError, Format, ImageSpec, chain_text, history};
 use chain::{Chain, LayerInfo, ParentSpec, StackSpec};
 use disk::{Disk, DiskHandle, LayerHandle, Preallocation, StorageHandle};
 use formats::raw::{self, RawLayer};
-use std::cell::RefCell;
-use std::path::{Path, PathBuf};
+use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
 use std::rc::Rc;
 use storage::FileStorage;
 use tracking::{Held, UncommittedPoint};
@@ -63,14 +65,21 @@ impl OpenRequest {
 pub(crate) struct Stack {
     chain: Rc<Chain>,
     disk: DiskHandle,
-    format: Format,
-    files: Vec<FileStorage>,
-    image: PathBuf,
+    /// The top image's.
+    format: Cell<Format>,
+    /// All open files, the top image's first.
+    files: RefCell<Vec<FileStorage>>,
+    image: RefCell<PathBuf>,
+    /// Whether what is opened is what the image says: its present state, over the parent that it names, with its own data.
+    plain: bool,
     /// The history that is kept, or why none is.
     history: Result<Kept, String>,
     /// While a mark is being taken.
     pub(crate) holding: RefCell<Option<Held<Chain>>>,
     pub(crate) uncommitted: RefCell<Option<UncommittedPoint<Chain>>>,
+    /// While a snapshot is being taken.
+    pub(crate) snapshot: RefCell<Option<Taking>>,
+    pub(crate) rearranging: Cell<Rearranging>,
 }
 
 impl Stack {
@@ -117,12 +126,15 @@ impl Stack {
         Ok(Self {
             disk,
             chain,
-            format: request.format,
-            files,
-            image: request.image.file.clone(),
+            format: Cell::new(request.format),
+            files: RefCell::new(files),
+            image: RefCell::new(request.image.file.clone()),
+            plain: request.image == ImageSpec::of(&request.image.file, request.image.format),
             history,
             holding: RefCell::default(),
             uncommitted: RefCell::default(),
+            snapshot: RefCell::default(),
+            rearranging: Cell::default(),
         })
     }
 
@@ -135,18 +147,40 @@ impl Stack {
         Self {
             disk: DiskHandle::from_rc(Rc::clone(&chain)),
             chain,
-            format: Format::Raw,
-            files: Vec::new(),
-            image: live.file.clone(),
+            format: Cell::new(Format::Raw),
+            files: RefCell::default(),
+            image: RefCell::new(live.file.clone()),
+            plain: false,
             history: Err("it is read through another disk".to_owned()),
             holding: RefCell::default(),
             uncommitted: RefCell::default(),
+            snapshot: RefCell::default(),
+            rearranging: Cell::default(),
         }
     }
 
     /// The top image's file.
-    pub(crate) fn image(&self) -> &Path {
-        &self.image
+    pub(crate) fn image(&self) -> PathBuf {
+        self.image.borrow().clone()
+    }
+
+    /// Whether what is opened is what the image says, and not what somebody said in its stead.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.plain
+    }
+
+    /// Another image is the top one from now on.
+    pub(crate) fn set_top(&self, image: PathBuf, format: Format) {
+        self.image.replace(image);
+        self.format.set(format);
+    }
+
+    /// The disk is made of other files from now on.
+    pub(crate) fn set_files(&self, files: Vec<FileStorage>) {
+        if let Ok(kept) = &self.history {
+            kept.set_files(files.clone());
+        }
+        self.files.replace(files);
     }
 
     /// The history that is kept, or why none is.
@@ -168,13 +202,13 @@ impl Stack {
         &self.disk
     }
 
-    pub(crate) fn chain(&self) -> &Chain {
+    pub(crate) fn chain(&self) -> &Rc<Chain> {
         &self.chain
     }
 
     /// All open files of the stack: images, parents and data files.
-    pub(crate) fn files(&self) -> &[FileStorage] {
-        &self.files
+    pub(crate) fn files(&self) -> Vec<FileStorage> {
+        self.files.borrow().clone()
     }
 
     /// The file behind a storage of this stack, if it can be read and written at any offset by plain system calls.
@@ -182,7 +216,8 @@ impl Stack {
         if storage.limits().alignment != 1 {
             return None; // Direct I/O is the storage's business.
         }
-        let mut found = self.files.iter().filter(|file| disk::Storage::name(*file) == storage.name());
+        let files = self.files.borrow();
+        let mut found = files.iter().filter(|file| disk::Storage::name(*file) == storage.name());
         match (found.next(), found.next()) {
             (Some(file), None) => Some(file.clone()),
             _ => None, // Two names that look alike, as they are no UTF-8.
@@ -190,7 +225,7 @@ impl Stack {
     }
 
     pub(crate) fn format(&self) -> Format {
-        self.format
+        self.format.get()
     }
 
     /// Flushes and closes all layers.

@@ -2,6 +2,7 @@
 
 use super::fault::judge;
 use super::fingerprint::Fingerprint;
+use super::merging::is_excused;
 use super::report::{ChainReport, LinkReport, LinkState};
 use super::restamp::set_link;
 use super::show::report_of_stack;
@@ -96,7 +97,9 @@ pub(crate) async fn link_report(file: &Path, header: &Header, force_share: bool)
     let Some(link) = header.identity().link else { return Some(report) };
     let format = backing.format.as_deref()?.parse().ok()?;
     let found = Probed::look(&parent, format, true).await.ok()?;
-    if let Some(kind) = judge(&link, &found.identity, &found.print, !force_share) {
+    if let Some(kind) = judge(&link, &found.identity, &found.print, !force_share)
+        && !is_excused(&parent, file, &link, &found.identity, &found.print).await
+    {
         let fault = LinkFault {
             child: file.to_owned(),
             parent,
@@ -126,7 +129,7 @@ async fn look(source: &SourceSpec, prove: Option<&Progress>) -> Result<AtRest, E
     let request = OpenRequest { linkage: LinkageUse::Ignored, ..OpenRequest::reading(source.file.clone(), format) };
     let stack = Stack::open(&request).await?;
     let looked = async {
-        let checked = verify_stack(stack.chain(), stack.files(), true, false).await?;
+        let checked = verify_stack(stack.chain(), &stack.files(), true, false).await?;
         let layers = stack.chain().layers();
         let files = layers.iter().map(|layer| (layer.path.clone(), layer.format.into())).collect();
         let mut proven = vec![None; checked.len()];

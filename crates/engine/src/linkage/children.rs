@@ -22,7 +22,7 @@ fn rooted(path: &Path) -> PathBuf {
 
 /// How a child is kept in its parent's file: relative if it is in the parent's directory or below, so that the directory
 /// can be moved.
-fn kept_name(parent: &Path, child: &Path) -> PathBuf {
+pub(super) fn kept_name(parent: &Path, child: &Path) -> PathBuf {
     let (parent, child) = (rooted(parent), rooted(child));
     let directory = parent.parent().unwrap_or(Path::new("/"));
     child.strip_prefix(directory).map_or_else(|_| child.clone(), Path::to_owned)

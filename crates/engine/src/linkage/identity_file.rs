@@ -6,6 +6,7 @@
 //! told of and is no reason not to read the image.
 
 use super::fingerprint::now;
+use super::merging::{Absorbing, SameAs};
 use crate::{EngineError, durable_file};
 use disk::{ContentId, ParentLink};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
@@ -112,6 +113,12 @@ pub struct IdentityFile {
     /// Where the disk is now, if it was moved away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved_to: Option<PathBuf>,
+    /// The child whose bytes it is taking up, while that goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub absorbing: Option<Absorbing>,
+    /// Images in whose place it stands.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub same_as: Vec<SameAs>,
     /// What another version put there.
     #[serde(flatten)]
     other: Map<String, Value>,
@@ -119,8 +126,7 @@ pub struct IdentityFile {
 
 impl IdentityFile {
     fn is_empty(&self) -> bool {
-        let Self { version: _, children, snapshot, content_hash, moved_to, other } = self;
-        children.is_empty() && snapshot.is_none() && content_hash.is_none() && moved_to.is_none() && other.is_empty()
+        Self { version: 0, ..self.clone() } == Self::default()
     }
 }
 

@@ -16,6 +16,7 @@ mod content_hash;
 mod fault;
 mod fingerprint;
 mod identity_file;
+mod merging;
 mod rebase;
 mod report;
 mod restamp;
@@ -26,10 +27,14 @@ pub(crate) use accept::{bind_new_child, bind_opened, link_report};
 pub(crate) use children::refuse_parent;
 pub use children::{children, forget_child, register_child};
 pub use fault::{FaultKind, LinkFault};
-pub(crate) use identity_file::remove_of_replaced;
 pub use identity_file::{
     ChildEntry, ContentHash, IdentityFile, IdentityRead, SnapshotConsistency, SnapshotFacts, identity_file_of, read,
     set_moved_to, set_snapshot,
+};
+pub(crate) use identity_file::{change, remove_of_replaced};
+pub use merging::{Absorbing, KnownContent, SameAs};
+pub(crate) use merging::{
+    absorbed_top, known_now, link_to_layer, note_absorbing, refuse_half_merged, shows_the_same, takes_place, took_place,
 };
 pub use rebase::RebaseSpec;
 pub use report::{ChainReport, ChildReport, ChildState, HashReport, LayerReport, LinkReport, LinkState};

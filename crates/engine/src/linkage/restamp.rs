@@ -10,6 +10,7 @@ use super::accept::Probed;
 use super::children;
 use super::fault::judge;
 use super::identity_file;
+use super::merging::is_excused;
 use super::verify::link_with;
 use crate::images::gate::FileGate;
 use crate::images::mended::Mended;
@@ -40,7 +41,8 @@ impl Followed {
                 continue;
             }
             if let Some(link) = link_of(&child).await
-                && judge(&link, &before.identity, &before.print, true).is_none()
+                && (judge(&link, &before.identity, &before.print, true).is_none()
+                    || is_excused(image, &child, &link, &before.identity, &before.print).await)
             {
                 followed.sound.push(child);
             }

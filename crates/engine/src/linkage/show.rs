@@ -50,7 +50,7 @@ pub(crate) async fn report_of_stack(
     times: bool,
     fresh: bool,
 ) -> Result<ChainReport, EngineError> {
-    let checked = verify_stack(stack.chain(), stack.files(), times, fresh).await?;
+    let checked = verify_stack(stack.chain(), &stack.files(), times, fresh).await?;
     report_of(stack, disk, &checked).await
 }
 
@@ -150,7 +150,7 @@ impl Workshop {
                 OpenRequest { linkage: LinkageUse::Ignored, ..OpenRequest::reading(source.file.clone(), format) };
             let stack = Stack::open(&request).await?;
             let proven = async {
-                let mut checked = verify_stack(stack.chain(), stack.files(), true, false).await?;
+                let mut checked = verify_stack(stack.chain(), &stack.files(), true, false).await?;
                 let hashes = prove(&stack, &mut checked, &progress).await?;
                 let mut report = report_of(&stack, &source.file.display().to_string(), &checked).await?;
                 for (layer, hash) in report.layers.iter_mut().zip(hashes) {

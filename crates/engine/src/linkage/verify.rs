@@ -2,6 +2,7 @@
 
 use super::fault::{FaultKind, LinkFault, judge};
 use super::fingerprint::{Fingerprint, now};
+use super::merging::is_excused;
 use crate::EngineError;
 use chain::{Chain, LayerInfo};
 use disk::{ByteRange, ContentId, LayerIdentity, ParentLink, Result, StorageId};
@@ -100,6 +101,7 @@ pub(crate) async fn verify_stack(
             Checked { child: child.path.clone(), parent: parent.path.clone(), link, found, print, fault: None };
         if let Some(link) = link
             && let Some(kind) = judge(&link, &found, &print, times)
+            && !is_excused(&parent.path, &child.path, &link, &found, &print).await
         {
             checked.fault = Some(LinkFault {
                 child: child.path.clone(),

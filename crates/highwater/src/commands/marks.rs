@@ -43,12 +43,7 @@ pub(crate) async fn mark(global: &Global, args: MarkArgs) -> Outcome {
                 )
                 .into());
             }
-            if files.len() > 1 && args.of.history_file.is_some() {
-                return Err(
-                    anyhow!("--history-file names the history of one file, but there are {}", files.len()).into()
-                );
-            }
-            let sources = files.iter().map(|file| target::history_source(file, &args.of)).collect::<Result<_, _>>()?;
+            let sources = target::history_sources(&files, &args.of)?;
             target::workshop()?.mark(sources, name).await?
         }
     };

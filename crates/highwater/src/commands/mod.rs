@@ -16,13 +16,14 @@ mod jobs;
 mod map;
 mod marks;
 mod measure;
+mod relocate;
 mod resize;
 mod serve;
+mod snapshots;
 mod status;
 mod target;
 mod tree;
 mod views;
-
 
 use crate::args::{Cli, Verb};
 use crate::exit::{self, Failure};
@@ -62,6 +63,9 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Mark(args) => marks::mark(&global, args).await,
             Verb::Marks(verb) => marks::run(&global, verb).await,
             Verb::Views(verb) => views::run(&global, verb).await,
+            Verb::Promote(args) | Verb::Move(args) => relocate::promote(&global, args).await,
+            Verb::Commit(args) => relocate::commit(&global, args).await,
+            Verb::Snapshot(verb) => snapshots::run(&global, verb).await,
             Verb::Changes(args) => changes::run(&global, args).await,
             Verb::Chain(verb) => chain::run(&global, verb).await,
             Verb::Disk(verb) => disks::run(&global, verb).await,

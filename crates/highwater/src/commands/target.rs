@@ -117,6 +117,14 @@ pub(crate) fn history_source(file: &Path, of: &HistoryOfArgs) -> Result<HistoryS
     })
 }
 
+/// Files with their histories.
+pub(crate) fn history_sources(files: &[PathBuf], of: &HistoryOfArgs) -> Result<Vec<HistorySource>, Failure> {
+    if files.len() > 1 && of.history_file.is_some() {
+        return Err(anyhow!("--history-file names the history of one file, but there are {}", files.len()).into());
+    }
+    files.iter().map(|file| history_source(file, of)).collect()
+}
+
 /// Options of a file's history, which a disk of the daemon has no use for.
 pub(crate) fn history_options(of: &HistoryOfArgs) -> [(&'static str, bool); 2] {
     [("-f", of.format.is_some()), ("--history-file", of.history_file.is_some())]

@@ -4,6 +4,7 @@ mod events;
 mod histories;
 mod jobs;
 mod routes;
+mod snapshots;
 mod socket;
 mod views;
 

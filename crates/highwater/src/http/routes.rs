@@ -1,6 +1,6 @@
 //! One function per path and method.
 
-use super::{Refusal, State, events, histories, jobs, views};
+use super::{Refusal, State, events, histories, jobs, snapshots, views};
 use api::{
     ChainReport, DiskList, DiskSpec, DiskStatus, ErrorBody, ExportQuery, ExportSpec, ExportStatus, ImageChain,
     ImageInfo, MapQuery, MapReply, ResizeRequest, VersionInfo,
@@ -35,6 +35,7 @@ const HISTORIES_LIMIT: Duration = Duration::from_millis(500);
     components(schemas(ErrorBody)),
     tags(
         (name = "histories", description = "Histories of disks, their marks, and what changed since"),
+        (name = "snapshots", description = "Frozen states of disks, and clones of them"),
         (name = "disks", description = "Disks of the catalogue and their exports"),
         (name = "jobs", description = "Long work on image files"),
         (name = "daemon", description = "The daemon itself")
@@ -103,6 +104,10 @@ fn described() -> (Router<State>, utoipa::openapi::OpenApi) {
         .routes(routes!(histories::list_marks))
         .routes(routes!(histories::show_mark, histories::delete_mark))
         .routes(routes!(histories::changes))
+        .routes(routes!(snapshots::take_snapshot))
+        .routes(routes!(snapshots::list_snapshots))
+        .routes(routes!(snapshots::revert))
+        .routes(routes!(snapshots::clone))
         .routes(routes!(views::list_views))
         .routes(routes!(views::close_view))
         .routes(routes!(jobs::list_jobs, jobs::start_job))

@@ -1,0 +1,388 @@
+//! The work of one promotion, on the disk's home thread.
+//!
+//! 1. The target is made, and opened as a disk of its own.
+//! 2. A mark of the disk's history is taken, where one is kept: what changes from here on will be known.
+//! 3. The mirror is attached, and the pass copies. Now and then the target is flushed, and how far it came is made durable as the
+//!    job's position.
+//! 4. The guest's changes are held; the target is flushed, the history names it, and the catalogue (the one step) names it as
+//!    the disk's image. The guest goes on in the target.
+//!
+//! Crash before step 4: the disk is what it was; the target is a file that a resumed job goes on with, as far as its position
+//! says, but for what the history calls changed since the mark. A target without a history is begun anew. After step 4:
+//! the target is the disk, and held all.
+
+use super::{JobControl, PromoteReport, PromoteSpec};
+use crate::history::host::random_id;
+use crate::images::create;
+use crate::images::gate::FileId;
+use crate::images::request::{CheckSpec, CreateSpec, RepairMode};
+use crate::images::stack::{HistoryUse, OpenRequest, Stack};
+use crate::images::{Progress, check};
+use crate::linkage::{self, LinkageUse};
+use crate::snapshots::exchange::{Exchange, Exchanged};
+use crate::snapshots::rearranging::Rearranging;
+use crate::{CacheMode, EngineError, ErrorClass, Format, ImageSpec, JobHandle, chain_text};
+use chain::{CopyPass, CopyStats, LayerInfo, Mirror};
+use disk::ByteRange;
+use futures_util::future::{Either, join, select};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tracking::NewPoint;
+
+/// Between two positions that are made durable. Each costs a flush of the target.
+const BETWEEN_POSITIONS: Duration = Duration::from_secs(3);
+/// Changes of the switch that come late are copied again; so often at most.
+const TRIES: u32 = 8;
+
+/// Makes the target known as the disk's image, durably; given the image, its format, and the history's file. Blocks.
+pub(crate) type Enter = Box<dyn FnOnce(&Path, Format, Option<PathBuf>) -> Result<(), EngineError> + Send>;
+
+/// A promotion that is to be done.
+pub(crate) struct Promotion {
+    pub(crate) spec: PromoteSpec,
+    pub(crate) cache: CacheMode,
+    pub(crate) job: JobHandle,
+    pub(crate) enter: Enter,
+}
+
+/// What a resumed job knows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Position {
+    /// Bytes from the start that were equal and durable.
+    copied: u64,
+    /// The mark that was taken before the first was copied.
+    mark: String,
+    /// Which file the target is; absent before it was made, where nothing stood.
+    target: Option<FileId>,
+}
+
+impl Promotion {
+    /// Does it. After an error, or when it is stopped, the disk is as it was.
+    ///
+    /// # Errors
+    /// When the target cannot be made, or fails; [`EngineError::Cancelled`].
+    pub(crate) async fn run(self, stack: Rc<Stack>) -> Result<PromoteReport, EngineError> {
+        let Self { spec, cache, job, enter } = self;
+        let _alone = stack.rearrange(Rearranging::Promotion)?;
+        if job.is_begun_again() && is_same(&stack.image(), &spec.target) {
+            // The daemon ended after the last step, before the job's end was noted.
+            forget_mark(&stack, &mark_of(&job)).await;
+            let (disk, file, format) = (spec.disk, spec.target, spec.format);
+            return Ok(PromoteReport { disk, file, format, copied: 0, mirrored: 0, resumed: 0, pause_us: 0 });
+        }
+        let mark = mark_of(&job);
+        let position = job.position().and_then(|found| serde_json::from_value::<Position>(found).ok());
+        let equal = match &position {
+            Some(position) if position.target.is_some() => still_equal(&stack, &spec, position).await?,
+            _ => Vec::new(),
+        };
+        let target = match &position {
+            Some(position) if position.target.is_some() => open_again(&spec, cache).await?,
+            Some(_) => {
+                // Made by this job, and not noted yet.
+                remove_target(&spec.target).await;
+                make(&stack, &spec, cache, &mark, &job).await?
+            }
+            None => make(&stack, &spec, cache, &mark, &job).await?,
+        };
+        let resumed = equal.iter().map(|range| range.len()).sum();
+        let mirror = Mirror::new(target.disk().clone(), equal);
+        let done = async {
+            if position.is_none_or(|position| position.target.is_none()) {
+                take_mark(&stack, &mark).await?;
+                save(&target, &mark, 0, &job).await?;
+            }
+            job.progress().set_total(stack.disk().geometry().size);
+            stack.chain().attach_mirror(&mirror).await?;
+            let mut copied = 0;
+            let mut enter = Some(enter);
+            for _ in 0..TRIES {
+                copied += copy(&stack, &mirror, &target, &mark, &job).await?.written;
+                if let Some(pause) = switch(&stack, &mirror, &target, &spec, &mut enter).await? {
+                    return Ok((copied, pause));
+                }
+            }
+            Err(EngineError::Invalid(format!(
+                "{}: the guest discards faster than can be copied; try again when it is at rest",
+                spec.disk
+            )))
+        };
+        match done.await {
+            Ok((copied, pause)) => {
+                forget_mark(&stack, &mark).await;
+                Ok(PromoteReport {
+                    disk: spec.disk,
+                    file: spec.target,
+                    format: spec.format,
+                    copied,
+                    mirrored: mirror.mirrored(),
+                    resumed,
+                    pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
+                })
+            }
+            Err(error) => {
+                give_up(&stack, &mirror, &target, &spec, &mark, &job).await;
+                Err(error)
+            }
+        }
+    }
+}
+
+fn mark_of(job: &JobHandle) -> String {
+    format!("job {}: promote", job.id())
+}
+
+fn is_same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// The ranges that are equal on both sides though a job was interrupted: what it had copied, durably, and what has not
+/// changed since it began.
+async fn still_equal(stack: &Stack, spec: &PromoteSpec, position: &Position) -> Result<Vec<ByteRange>, EngineError> {
+    let target = spec.target.clone();
+    let found = dataplane::offload(move || fs::metadata(target).ok().map(|facts| FileId::of(&facts))).await;
+    if found != position.target {
+        return Err(EngineError::Invalid(format!(
+            "{}: is not the file that this job has made; cancel the job and begin it anew",
+            spec.target.display()
+        )));
+    }
+    let mut equal = Vec::new();
+    let mut at = 0;
+    match stack.changes(&spec.disk, &position.mark, None, 0, usize::MAX).await {
+        Ok(changes) => {
+            for range in changes.ranges {
+                let start = range.start.min(position.copied);
+                equal.push(ByteRange::between(at, start));
+                at = (range.start + range.length).min(position.copied).max(at);
+            }
+            equal.push(ByteRange::between(at, position.copied));
+        }
+        // Without a history nothing is known: all is copied again.
+        Err(error) => tracing::info!(disk = spec.disk, error = chain_text(&error), "the copy begins at the start"),
+    }
+    equal.retain(|range| !range.is_empty());
+    Ok(equal)
+}
+
+/// Makes the target where nothing stands.
+///
+/// Crash: that nothing stands there is noted before, so what is there afterwards is the job's.
+async fn make(
+    stack: &Stack,
+    spec: &PromoteSpec,
+    cache: CacheMode,
+    mark: &str,
+    job: &JobHandle,
+) -> Result<Stack, EngineError> {
+    let there = spec.target.clone();
+    if dataplane::offload(move || fs::symlink_metadata(there).is_ok()).await {
+        return Err(EngineError::Taken {
+            file: spec.target.clone(),
+            what: "the disk's new image is a new file, but there is one already; choose another name",
+        });
+    }
+    note(Position { copied: 0, mark: mark.to_owned(), target: None }, job).await?;
+    let create = CreateSpec {
+        file: spec.target.clone(),
+        format: spec.format,
+        size: Some(stack.disk().geometry().size),
+        options: spec.options.clone(),
+        backing: None,
+        unsafe_backing: false,
+    };
+    create::create_watched(&create, job.progress()).await?;
+    open(spec, cache).await
+}
+
+/// Opens the target of a job that was interrupted.
+async fn open_again(spec: &PromoteSpec, cache: CacheMode) -> Result<Stack, EngineError> {
+    if spec.format == Format::Qcow2 {
+        // Space that a killed process had set aside is given back.
+        let mend = CheckSpec {
+            file: spec.target.clone(),
+            format: Some(spec.format),
+            repair: Some(RepairMode::Leaks),
+            history_file: None,
+            force_share: false,
+        };
+        check::check(mend, &Progress::new()).await?;
+    }
+    open(spec, cache).await
+}
+
+async fn open(spec: &PromoteSpec, cache: CacheMode) -> Result<Stack, EngineError> {
+    let request = OpenRequest {
+        image: ImageSpec::of(spec.target.clone(), Some(spec.format)),
+        format: spec.format,
+        writable: true,
+        force_share: false,
+        cache,
+        history: HistoryUse::None,
+        linkage: LinkageUse::Enforced,
+    };
+    Stack::open(&request).await
+}
+
+async fn remove_target(target: &Path) {
+    let file = target.to_owned();
+    let removed = dataplane::offload(move || fs::remove_file(file)).await;
+    if let Err(error) = removed
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(target = %target.display(), %error, "an incomplete copy could not be removed");
+    }
+}
+
+async fn take_mark(stack: &Stack, mark: &str) -> Result<(), EngineError> {
+    let Ok(kept) = stack.kept() else { return Ok(()) };
+    // Of a job of that number in another life.
+    forget_mark(stack, mark).await;
+    let new = NewPoint { name: mark.to_owned(), set: random_id() };
+    let taken = kept.disk.mark(new).await;
+    taken.map(drop).map_err(|source| EngineError::History { file: kept.file.clone(), source })
+}
+
+async fn forget_mark(stack: &Stack, mark: &str) {
+    if let Err(error) = stack.delete_mark(mark).await
+        && error.class() != ErrorClass::NotFound
+        && stack.kept().is_ok()
+    {
+        tracing::warn!(mark, error = chain_text(&error), "a mark of an ended job is left");
+    }
+}
+
+/// Runs the pass, and makes positions durable beside it.
+async fn copy(
+    stack: &Stack,
+    mirror: &Rc<Mirror>,
+    target: &Stack,
+    mark: &str,
+    job: &JobHandle,
+) -> Result<CopyStats, EngineError> {
+    let control = JobControl::new(job.progress().clone(), Rc::clone(stack.chain()));
+    let (ended, end) = futures_channel::oneshot::channel::<()>();
+    let pass = async {
+        let copied = stack.chain().copy_to_mirror(mirror, CopyPass::default(), &control).await;
+        drop(ended);
+        copied
+    };
+    let saving = async {
+        let mut end = end;
+        loop {
+            let next = pin!(dataplane::sleep(BETWEEN_POSITIONS));
+            match select(&mut end, next).await {
+                Either::Left(_) => return,
+                Either::Right(_) => {}
+            }
+            // A failure of the target ends the pass, which tells of it.
+            let Ok(copied) = mirror.flush().await else { continue };
+            if let Err(error) = save(target, mark, copied, job).await {
+                tracing::warn!(job = job.id(), error = chain_text(&error), "how far the job is cannot be noted");
+            }
+        }
+    };
+    let (copied, ()) = join(pass, saving).await;
+    copied
+}
+
+async fn save(target: &Stack, mark: &str, copied: u64, job: &JobHandle) -> Result<(), EngineError> {
+    let Some(file) = target.files().first().cloned() else { return Ok(()) };
+    let facts = dataplane::offload(move || file.file().metadata()).await;
+    let facts = facts.map_err(|e| EngineError::file(target.image(), "look at it", e))?;
+    note(Position { copied, mark: mark.to_owned(), target: Some(FileId::of(&facts)) }, job).await
+}
+
+async fn note(position: Position, job: &JobHandle) -> Result<(), EngineError> {
+    let position = serde_json::to_value(position).map_err(|e| EngineError::Invalid(e.to_string()))?;
+    job.save_position(position).await
+}
+
+/// Makes the target the disk; says for how long the guest's changes waited. `None`: something is to be copied again before.
+async fn switch(
+    stack: &Rc<Stack>,
+    mirror: &Rc<Mirror>,
+    target: &Stack,
+    spec: &PromoteSpec,
+    enter: &mut Option<Enter>,
+) -> Result<Option<Duration>, EngineError> {
+    let old: Rc<[LayerInfo]> = stack.chain().layers();
+    let old_image = stack.image();
+    let new_layers = target.chain().layers();
+    // What is not durable yet is made so while the guest goes on: on the target, and in the old image, which is closed.
+    stack.disk().flush().await?;
+    mirror.flush().await?;
+    let marked = match stack.kept() {
+        Ok(kept) => Some(kept.prepare_switch(&new_layers[0].handle).await?),
+        Err(_) => None,
+    };
+    let began = Instant::now();
+    let held = stack.hold_changes("the disk stays where it is").await?;
+    if mirror.position() < stack.disk().geometry().size {
+        return Ok(None);
+    }
+    let Some(enter) = enter.take() else { return Ok(None) };
+    let history = stack.kept().ok().map(|kept| kept.file.clone());
+    let (file, format) = (spec.target.clone(), spec.format);
+    stack
+        .exchange(Exchanged::Mirror(mirror), async |layers| {
+            // Whoever opens the old image finds it whole.
+            layers[0].handle.close().await?;
+            let last = Box::pin(dataplane::offload(move || enter(&file, format, history)));
+            Ok(Exchange { layers: new_layers.to_vec(), files: target.files(), marked, last })
+        })
+        .await?;
+    stack.set_top(spec.target.clone(), spec.format);
+    drop(held);
+    let pause = began.elapsed();
+    for layer in old.iter() {
+        if let Err(error) = layer.handle.close().await {
+            tracing::warn!(path = %layer.path.display(), %error, "closing an image that is not used any more");
+        }
+    }
+    drop(old);
+    leave_old_image(&old_image, spec).await;
+    Ok(Some(pause))
+}
+
+/// The disk has moved: its old image says so, or is removed.
+async fn leave_old_image(old: &Path, spec: &PromoteSpec) {
+    let left = match spec.remove_source {
+        false => linkage::set_moved_to(old, Some(spec.target.clone())).await,
+        true => match linkage::refuse_parent(old).await {
+            Ok(()) => {
+                let file = old.to_owned();
+                dataplane::offload(move || fs::remove_file(&file).map_err(|e| EngineError::file(file, "remove", e)))
+                    .await
+            }
+            refused => refused,
+        },
+    };
+    if let Err(error) = left {
+        tracing::warn!(image = %old.display(), error = chain_text(&error), "the disk's old image is left as it is");
+    }
+}
+
+/// The disk goes on without the target. What can be used by a job that is begun again is kept; all else is removed.
+async fn give_up(stack: &Stack, mirror: &Rc<Mirror>, target: &Stack, spec: &PromoteSpec, mark: &str, job: &JobHandle) {
+    let again = job.will_be_begun_again();
+    if again && let Ok(copied) = mirror.flush().await {
+        // While it is attached, what was flushed stays equal.
+        if let Err(error) = save(target, mark, copied, job).await {
+            tracing::warn!(job = job.id(), error = chain_text(&error), "how far the job is cannot be noted");
+        }
+    }
+    stack.chain().detach_mirror(mirror).await;
+    if let Err(error) = target.close().await {
+        tracing::debug!(error = chain_text(&error), "closing the target of a job that was given up");
+    }
+    if again {
+        return;
+    }
+    forget_mark(stack, mark).await;
+    remove_target(&spec.target).await;
+}

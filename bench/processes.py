@@ -37,6 +37,8 @@ def wait_for(path, process, name, seconds=20):
             return
         except OSError:
             if process.poll() is not None or time.time() > deadline:
+                # While it lives, its standard error has no end.
+                process.kill()
                 sys.exit(f"{name} did not start: {process.stderr.read().decode()}")
             time.sleep(0.02)
 

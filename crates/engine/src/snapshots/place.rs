@@ -47,11 +47,31 @@ fn is_same(a: &Path, b: &Path) -> bool {
 
 /// Puts a durable file in another one's place. Blocks.
 ///
-/// Crash: one rename, so the old file or the new one.
+/// The other one keeps a second name until the first is durable, so that there is a way back.
+///
+/// Crash: one rename, so the old file or the new one; and perhaps the second name, which the next exchange removes.
+///
+/// # Errors
+/// When the name cannot be given, or made durable: then it leads to the old file again.
 pub(crate) fn replace(fresh: &Path, file: &Path) -> Result<(), EngineError> {
-    fs::rename(fresh, file)
-        .and_then(|()| durable_file::sync_directory_of(file))
-        .map_err(|error| EngineError::file(file, "exchange", error))
+    let failed = |error| EngineError::file(file, "exchange", error);
+    let old = beside(file, ".old");
+    match fs::remove_file(&old) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => fs::hard_link(file, &old).map_err(failed)?,
+    }
+    if let Err(error) = fs::rename(fresh, file) {
+        let _gone = fs::remove_file(&old);
+        return Err(failed(error));
+    }
+    let durable = durable_file::sync_directory_of(file);
+    if durable.is_err()
+        && let Err(error) = fs::rename(file, fresh).and_then(|()| fs::rename(&old, file))
+    {
+        tracing::error!(file = %file.display(), %error, "the old file is not back in its place");
+    }
+    let _gone = fs::remove_file(&old);
+    durable.map_err(failed)
 }
 
 impl Place {
@@ -179,6 +199,21 @@ mod tests {
         assert_eq!((raw.frozen.as_path(), raw.top.as_path()), (Path::new("/vms/web.raw"), Path::new("/vms/web.qcow2")));
         assert!(!raw.keeps_name());
         assert!(Place::of(Path::new("/vms/a:b.qcow2"), Format::Qcow2, "s").frozen_file_name().is_err());
+    }
+
+    #[test]
+    fn a_file_takes_the_place_of_another() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("d"), "old").unwrap();
+        fs::write(at("new"), "new").unwrap();
+        fs::write(at("d.old"), "left by a crash").unwrap();
+        replace(&at("new"), &at("d")).unwrap();
+        assert_eq!(fs::read_to_string(at("d")).unwrap(), "new");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "one file, under one name");
+        assert!(replace(&at("missing"), &at("d")).is_err());
+        assert_eq!(fs::read_to_string(at("d")).unwrap(), "new");
+        assert!(!at("d.old").exists());
     }
 
     #[test]

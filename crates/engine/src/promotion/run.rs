@@ -76,12 +76,8 @@ impl Promotion {
         }
         let mark = mark_of(&job);
         let position = job.position().and_then(|found| serde_json::from_value::<Position>(found).ok());
-        let equal = match &position {
-            Some(position) if position.target.is_some() => still_equal(&stack, &spec, position).await?,
-            _ => Vec::new(),
-        };
         let target = match &position {
-            Some(position) if position.target.is_some() => open_again(&spec, cache).await?,
+            Some(position) if position.target.is_some() => open_again(&spec, position, cache).await?,
             Some(_) => {
                 // Made by this job, and not noted yet.
                 remove_target(&spec.target).await;
@@ -89,15 +85,19 @@ impl Promotion {
             }
             None => make(&stack, &spec, cache, &mark, &job).await?,
         };
-        let resumed = equal.iter().map(|range| range.len()).sum();
-        let mirror = Mirror::new(target.disk().clone(), equal);
-        let done = async {
-            if position.is_none_or(|position| position.target.is_none()) {
-                take_mark(&stack, &mark).await?;
-                save(&target, &mark, 0, &job).await?;
+        let begun = match position.filter(|position| position.target.is_some()) {
+            Some(position) => attach_again(&stack, &target, &spec, &position).await,
+            None => attach(&stack, &target, &mark, &job).await.map(|mirror| (mirror, 0)),
+        };
+        let (mirror, resumed) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                leave_target(&stack, &target, &spec, &mark, &job).await;
+                return Err(error);
             }
+        };
+        let done = async {
             job.progress().set_total(stack.disk().geometry().size);
-            stack.chain().attach_mirror(&mirror).await?;
             let mut copied = 0;
             let mut enter = Some(enter);
             for _ in 0..TRIES {
@@ -140,33 +140,53 @@ fn is_same(a: &Path, b: &Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
+/// Attaches the mirror of a job that begins.
+async fn attach(stack: &Stack, target: &Stack, mark: &str, job: &JobHandle) -> Result<Rc<Mirror>, EngineError> {
+    take_mark(stack, mark).await?;
+    save(target, mark, 0, job).await?;
+    let mirror = Mirror::new(target.disk().clone(), []);
+    stack.chain().attach_mirror(&mirror).await?;
+    Ok(mirror)
+}
+
+/// Attaches the mirror of a job that goes on; and how many bytes are equal already.
+///
+/// Nothing changes between the question what is equal and the attaching: a write that the guest made there would be on the
+/// disk alone.
+async fn attach_again(
+    stack: &Stack,
+    target: &Stack,
+    spec: &PromoteSpec,
+    position: &Position,
+) -> Result<(Rc<Mirror>, u64), EngineError> {
+    let _held = stack.hold_changes("the job does not go on").await?;
+    let equal = still_equal(stack, spec, position).await;
+    let resumed = equal.iter().map(|range| range.len()).sum();
+    let mirror = Mirror::new(target.disk().clone(), equal);
+    stack.chain().attach_mirror(&mirror).await?;
+    Ok((mirror, resumed))
+}
+
 /// The ranges that are equal on both sides though a job was interrupted: what it had copied, durably, and what has not
 /// changed since it began.
-async fn still_equal(stack: &Stack, spec: &PromoteSpec, position: &Position) -> Result<Vec<ByteRange>, EngineError> {
-    let target = spec.target.clone();
-    let found = dataplane::offload(move || fs::metadata(target).ok().map(|facts| FileId::of(&facts))).await;
-    if found != position.target {
-        return Err(EngineError::Invalid(format!(
-            "{}: is not the file that this job has made; cancel the job and begin it anew",
-            spec.target.display()
-        )));
-    }
+async fn still_equal(stack: &Stack, spec: &PromoteSpec, position: &Position) -> Vec<ByteRange> {
+    let changes = match stack.changes(&spec.disk, &position.mark, None, 0, usize::MAX).await {
+        Ok(changes) => changes,
+        // Without a history nothing is known: all is copied again.
+        Err(error) => {
+            tracing::info!(disk = spec.disk, error = chain_text(&error), "the copy begins at the start");
+            return Vec::new();
+        }
+    };
     let mut equal = Vec::new();
     let mut at = 0;
-    match stack.changes(&spec.disk, &position.mark, None, 0, usize::MAX).await {
-        Ok(changes) => {
-            for range in changes.ranges {
-                let start = range.start.min(position.copied);
-                equal.push(ByteRange::between(at, start));
-                at = (range.start + range.length).min(position.copied).max(at);
-            }
-            equal.push(ByteRange::between(at, position.copied));
-        }
-        // Without a history nothing is known: all is copied again.
-        Err(error) => tracing::info!(disk = spec.disk, error = chain_text(&error), "the copy begins at the start"),
+    for range in changes.ranges {
+        equal.push(ByteRange::between(at, range.start.min(position.copied)));
+        at = (range.start + range.length).min(position.copied).max(at);
     }
+    equal.push(ByteRange::between(at, position.copied));
     equal.retain(|range| !range.is_empty());
-    Ok(equal)
+    equal
 }
 
 /// Makes the target where nothing stands.
@@ -200,7 +220,15 @@ async fn make(
 }
 
 /// Opens the target of a job that was interrupted.
-async fn open_again(spec: &PromoteSpec, cache: CacheMode) -> Result<Stack, EngineError> {
+async fn open_again(spec: &PromoteSpec, position: &Position, cache: CacheMode) -> Result<Stack, EngineError> {
+    let target = spec.target.clone();
+    let found = dataplane::offload(move || fs::metadata(target).ok().map(|facts| FileId::of(&facts))).await;
+    if found != position.target {
+        return Err(EngineError::Invalid(format!(
+            "{}: is not the file that this job has made; cancel the job and begin it anew",
+            spec.target.display()
+        )));
+    }
     if spec.format == Format::Qcow2 {
         // Space that a killed process had set aside is given back.
         let mend = CheckSpec {
@@ -367,22 +395,26 @@ async fn leave_old_image(old: &Path, spec: &PromoteSpec) {
     }
 }
 
-/// The disk goes on without the target. What can be used by a job that is begun again is kept; all else is removed.
+/// The disk goes on without the target.
 async fn give_up(stack: &Stack, mirror: &Rc<Mirror>, target: &Stack, spec: &PromoteSpec, mark: &str, job: &JobHandle) {
-    let again = job.will_be_begun_again();
-    if again && let Ok(copied) = mirror.flush().await {
+    if job.will_be_begun_again()
+        && let Ok(copied) = mirror.flush().await
         // While it is attached, what was flushed stays equal.
-        if let Err(error) = save(target, mark, copied, job).await {
-            tracing::warn!(job = job.id(), error = chain_text(&error), "how far the job is cannot be noted");
-        }
+        && let Err(error) = save(target, mark, copied, job).await
+    {
+        tracing::warn!(job = job.id(), error = chain_text(&error), "how far the job is cannot be noted");
     }
     stack.chain().detach_mirror(mirror).await;
+    leave_target(stack, target, spec, mark, job).await;
+}
+
+/// What can be used by a job that is begun again is kept; all else is removed.
+async fn leave_target(stack: &Stack, target: &Stack, spec: &PromoteSpec, mark: &str, job: &JobHandle) {
     if let Err(error) = target.close().await {
         tracing::debug!(error = chain_text(&error), "closing the target of a job that was given up");
     }
-    if again {
-        return;
+    if !job.will_be_begun_again() {
+        forget_mark(stack, mark).await;
+        remove_target(&spec.target).await;
     }
-    forget_mark(stack, mark).await;
-    remove_target(&spec.target).await;
 }

@@ -16,7 +16,7 @@ const SIZE: u64 = 64 << 20;
 const KILLS: u64 = 8;
 
 /// Writes until the server is gone, and notes what each block may hold then: what was durable, and what was written since the
-/// last flush, as after any crash. Or verifies that.
+/// last flush, as after any crash. Or verifies that, or writes for a moment.
 const SCRIPT: &str = r#"
 import json, nbd, random, struct, sys
 what, uri, size, state, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
@@ -37,8 +37,10 @@ if what == "verify":
     json.dump(known, open(state, "w"))
     sys.exit()
 chance, n, since = random.Random(seed), seed << 32, set()
+left = 400 if what == "burst" else None
 try:
-    while True:
+    while left is None or left > 0:
+        left = left and left - 1
         at = chance.randrange(size >> 12) << 12
         n += 1
         value = 0 if chance.random() < 0.05 else n
@@ -50,6 +52,8 @@ try:
             h.flush()
             for at in since: known[at] = known[at][-1:]
             since.clear()
+    h.flush()
+    for at in since: known[at] = known[at][-1:]
 except nbd.Error:
     pass
 json.dump(known, open(state, "w"))
@@ -144,6 +148,8 @@ fn nothing_is_lost_by_a_kill_at_any_moment() {
         assert_eq!(shown["state"], "open", "round {round}: {shown}");
         ended(client(&daemon, "verify", 0)).ok();
         trusted(&daemon, round);
+        // What a guest writes while a job goes on reaches both sides.
+        ended(client(&daemon, "burst", rounds() + round)).ok();
         // What was interrupted goes on, and comes to its end.
         for job in jobs(&daemon).iter().filter(|job| job["state"] == "running") {
             gone_on += 1;

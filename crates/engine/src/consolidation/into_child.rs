@@ -4,26 +4,24 @@
 //! parent; before it the layer is still there, after it nobody needs it.
 
 use super::plan::other_children;
-use super::{ConsolidateReport, Neighbour};
+use super::spec::Merged;
 use crate::images::stack::Stack;
 use crate::linkage;
-use crate::promotion::JobControl;
+use crate::promotion::{JobControl, TRIES};
 use crate::snapshots::exchange::{Exchange, Exchanged};
-use crate::snapshots::open_layer;
+use crate::snapshots::{open_layer, parent_name};
 use crate::{EngineError, Format, chain_text};
 use chain::{CopyPass, LayerInfo};
-use disk::StorageHandle;
+use disk::{ParentLink, StorageHandle};
 use formats::qcow2::{self, BackingRef};
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Instant;
-
-/// Growth that comes late is looked at again; so often at most.
-const TRIES: u32 = 8;
+use storage::FileStorage;
 
 /// Brings the layer below the top up into it.
-pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result<ConsolidateReport, EngineError> {
+pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result<Merged, EngineError> {
     let layers = stack.chain().layers();
     let (top, gone) = (layers[0].path.clone(), layers[1].path.clone());
     drop(layers);
@@ -53,37 +51,20 @@ pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result
         }
     };
     leave(&gone, &top).await;
-    Ok(ConsolidateReport {
-        disk: String::new(),
-        snapshot: None,
-        into: Neighbour::Child,
-        removed: Some(gone),
-        file: stack.image(),
-        moved,
-        mirrored: 0,
-        pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
-    })
+    Ok(Merged { removed: Some(gone), moved, mirrored: 0, pause })
 }
 
 async fn switch(stack: &Rc<Stack>, infill: &Rc<chain::Infill>) -> Result<(), EngineError> {
-    let kept = stack.kept().ok();
     stack
         .exchange(Exchanged::Infill(infill), async |layers: Rc<[LayerInfo]>| {
             let files = stack.files();
             layers[0].handle.close().await?;
             let storage = StorageHandle::new(files[0].clone());
-            let backing = layers.get(2).map(|below| backing_of(&layers[0].path, below)).transpose()?;
-            let link = match layers.get(2) {
-                Some(below) => Some(linkage::link_to_layer(below, &files[2]).await?),
-                None => None,
-            };
+            let (backing, link) = stand_on(&layers[0], layers.get(2).zip(files.get(2))).await?;
             // A fresh one, as the old one is closed. Of the parent's name in its header it keeps the old one in mind, which
             // only reports tell.
             let handle = open_layer(files[0].clone(), Format::from(layers[0].format), false).await?;
-            let marked = match kept {
-                Some(kept) => Some(kept.prepare_switch(&handle).await?),
-                None => None,
-            };
+            let marked = stack.mark_new_top(&handle).await?;
             let mut now = layers.to_vec();
             now.remove(1);
             now[0].handle = handle.clone();
@@ -101,13 +82,15 @@ async fn switch(stack: &Rc<Stack>, infill: &Rc<chain::Infill>) -> Result<(), Eng
         .await
 }
 
-/// How the child names a layer: by its name alone where both are in one directory.
-pub(super) fn backing_of(child: &Path, layer: &LayerInfo) -> Result<BackingRef, EngineError> {
-    let name = if layer.path.parent() == child.parent() { layer.path.file_name() } else { None };
-    let name = name.unwrap_or(layer.path.as_os_str()).to_str().ok_or_else(|| {
-        EngineError::Invalid(format!("{}: an image cannot record a name that is no UTF-8", layer.path.display()))
-    })?;
-    Ok(BackingRef { name: name.to_owned(), format: Some(Format::from(layer.format).name().to_owned()) })
+/// What a child records of the layer that it stands on once the one between has gone: name and link.
+pub(super) async fn stand_on(
+    child: &LayerInfo,
+    below: Option<(&LayerInfo, &FileStorage)>,
+) -> Result<(Option<BackingRef>, Option<ParentLink>), EngineError> {
+    let Some((layer, file)) = below else { return Ok((None, None)) };
+    let name = parent_name(&child.path, &layer.path)?;
+    let backing = BackingRef { name, format: Some(Format::from(layer.format).name().to_owned()) };
+    Ok((Some(backing), Some(linkage::link_to_layer(layer, file).await?)))
 }
 
 /// The layer is not needed by this disk any more; it is removed unless others stand on it.

@@ -5,28 +5,24 @@
 //!
 //! Crash: as of the top (`into_child.rs`).
 
-use super::into_child::{backing_of, leave};
+use super::into_child::{leave, stand_on};
 use super::into_parent::rest;
 use super::reopened::Reopened;
-use super::{ConsolidateReport, Neighbour};
+use super::spec::Merged;
 use crate::images::stack::Stack;
 use crate::linkage;
 use crate::promotion::JobControl;
 use crate::snapshots::open_layer;
 use crate::{EngineError, chain_text};
 use chain::{CopyPass, Infill, LayerInfo};
-use disk::{Disk, StorageHandle};
+use disk::StorageHandle;
 use formats::qcow2;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use storage::lock::Demand;
 
 /// Brings the layer below the one at `upper` up into it.
-pub(super) async fn merge(
-    stack: &Rc<Stack>,
-    upper: usize,
-    control: &Rc<JobControl>,
-) -> Result<ConsolidateReport, EngineError> {
+pub(super) async fn merge(stack: &Rc<Stack>, upper: usize, control: &Rc<JobControl>) -> Result<Merged, EngineError> {
     let layers = stack.chain().layers();
     let (child, gone) = (layers[upper].clone(), layers[upper + 1].path.clone());
     drop(layers);
@@ -62,16 +58,7 @@ pub(super) async fn merge(
     }
     rest(stack).await;
     leave(&gone, &child.path).await;
-    Ok(ConsolidateReport {
-        disk: String::new(),
-        snapshot: None,
-        into: Neighbour::Child,
-        removed: Some(gone),
-        file: stack.image(),
-        moved,
-        mirrored: 0,
-        pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
-    })
+    Ok(Merged { removed: Some(gone), moved, mirrored: 0, pause })
 }
 
 async fn switch(
@@ -81,19 +68,13 @@ async fn switch(
     reopened: &Reopened,
     bound: linkage::KnownContent,
 ) -> Result<Duration, EngineError> {
-    debug_assert!(!stack.chain().geometry().read_only);
     let began = Instant::now();
     let mut files = stack.files();
     stack
         .chain()
         .switch_after_infill(infill, async |layers: Rc<[LayerInfo]>| {
             layers[upper].handle.close().await?;
-            let below = layers.get(upper + 2);
-            let backing = below.map(|below| backing_of(&layers[upper].path, below)).transpose()?;
-            let link = match below {
-                Some(below) => Some(linkage::link_to_layer(below, &files[upper + 2]).await?),
-                None => None,
-            };
+            let (backing, link) = stand_on(&layers[upper], layers.get(upper + 2).zip(files.get(upper + 2))).await?;
             let frozen = reopened.file.renamed_for_reading(&reopened.path.display().to_string())?;
             let storage = StorageHandle::new(reopened.file.clone());
             qcow2::rename_backing(&storage, backing.as_ref()).await?;

@@ -10,10 +10,10 @@
 //! consolidation is begun anew. After it: the parent holds all.
 
 use super::reopened::Reopened;
-use super::{ConsolidateReport, Neighbour};
+use super::spec::Merged;
 use crate::images::stack::Stack;
 use crate::linkage;
-use crate::promotion::{Enter, JobControl};
+use crate::promotion::{Enter, JobControl, TRIES};
 use crate::snapshots::exchange::{Exchange, Exchanged};
 use crate::snapshots::{open_layer, replace_file};
 use crate::{EngineError, chain_text};
@@ -24,16 +24,13 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 use storage::lock::Demand;
 
-/// Discards that come late are copied again; so often at most.
-const TRIES: u32 = 8;
-
 /// Merges the layer at `upper` into the one below it.
 pub(super) async fn merge(
     stack: &Rc<Stack>,
     upper: usize,
     control: &Rc<JobControl>,
     enter: Enter,
-) -> Result<ConsolidateReport, EngineError> {
+) -> Result<Merged, EngineError> {
     let layers = stack.chain().layers();
     let (layer, parent) = (layers[upper].clone(), layers[upper + 1].clone());
     drop(layers);
@@ -97,7 +94,7 @@ async fn merge_top(
     parent: &Reopened,
     control: &Rc<JobControl>,
     enter: Enter,
-) -> Result<ConsolidateReport, EngineError> {
+) -> Result<Merged, EngineError> {
     grow_parent(stack, 1, stack.disk().geometry().size).await?;
     let below = chain_from(stack, 1);
     if below.geometry().size > stack.disk().geometry().size {
@@ -112,17 +109,9 @@ async fn merge_top(
         for _ in 0..TRIES {
             moved += stack.chain().copy_to_mirror(&mirror, CopyPass::default(), control).await?.written;
             if let Some((file, pause)) = switch_top(stack, &mirror, layer, parent, &mut enter).await? {
-                return Ok(ConsolidateReport {
-                    disk: String::new(),
-                    snapshot: None,
-                    into: Neighbour::Parent,
-                    // Its name, that is: the file has the disk's. Where the parent kept its own name, nothing is gone.
-                    removed: (file == layer.path).then(|| parent.path.clone()),
-                    file,
-                    moved,
-                    mirrored: mirror.mirrored(),
-                    pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
-                });
+                // Its name, that is: the file has the disk's. Where the parent kept its own name, nothing is gone.
+                let removed = (file == layer.path).then(|| parent.path.clone());
+                return Ok(Merged { removed, moved, mirrored: mirror.mirrored(), pause });
             }
         }
         Err(EngineError::Invalid(format!(
@@ -149,10 +138,7 @@ async fn switch_top(
     stack.disk().flush().await?;
     mirror.flush().await?;
     let below = stack.chain().layers();
-    let marked = match stack.kept() {
-        Ok(kept) => Some(kept.prepare_switch(&below[1].handle).await?),
-        Err(_) => None,
-    };
+    let marked = stack.mark_new_top(&below[1].handle).await?;
     let began = Instant::now();
     let held = stack.hold_changes("the layer was not merged").await?;
     if mirror.position() < stack.disk().geometry().size {
@@ -167,21 +153,14 @@ async fn switch_top(
     stack
         .exchange(Exchanged::Mirror(mirror), async |layers| {
             layers[0].handle.close().await?;
-            let renamed;
             let mut now = layers[1..].to_vec();
-            let mut files = stack.files()[1..].to_vec();
-            if keeps_name {
-                // The handle goes on; its file has another name in messages until the disk is opened again.
-                now[0].path = to.clone();
-                renamed = Some((from.clone(), to.clone()));
-            } else {
-                renamed = None;
-            }
-            files.truncate(now.len());
-            let (entered, format) = (to.clone(), parent.format);
-            let last = Box::pin(dataplane::offload(move || match renamed {
-                Some((from, to)) => replace_file(&from, &to),
-                None => enter(&entered, format, history),
+            let files = stack.files()[1..].to_vec();
+            // The handle goes on; in messages its file has its old name until the disk is opened again.
+            now[0].path.clone_from(&to);
+            let (from, to, format) = (from.clone(), to.clone(), parent.format);
+            let last = Box::pin(dataplane::offload(move || match keeps_name {
+                true => replace_file(&from, &to),
+                false => enter(&to, format, history),
             }));
             Ok(Exchange { layers: now, files, marked, last })
         })
@@ -212,7 +191,7 @@ async fn merge_frozen(
     layer: &LayerInfo,
     parent: &Reopened,
     control: &Rc<JobControl>,
-) -> Result<ConsolidateReport, EngineError> {
+) -> Result<Merged, EngineError> {
     let size = layer.handle.geometry().size;
     grow_parent(stack, upper + 1, size).await?;
     let below = chain_from(stack, upper + 1);
@@ -256,16 +235,7 @@ async fn merge_frozen(
     if let Err(error) = linkage::took_place(&parent.path, &layer.path, grandparent(stack, upper + 1).as_deref()).await {
         tracing::warn!(image = %layer.path.display(), error = chain_text(&error), "what is noted beside the image is old");
     }
-    Ok(ConsolidateReport {
-        disk: String::new(),
-        snapshot: None,
-        into: Neighbour::Parent,
-        removed: Some(parent.path.clone()),
-        file: stack.image(),
-        moved: copied.written,
-        mirrored: 0,
-        pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
-    })
+    Ok(Merged { removed: Some(parent.path.clone()), moved: copied.written, mirrored: 0, pause })
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Which layers are merged, and which way.
 
+use super::spec::Merged;
 use super::{ConsolidateReport, ConsolidateSpec, Neighbour};
 use crate::images::gate::FileId;
 use crate::images::stack::Stack;
@@ -44,34 +45,20 @@ impl Consolidation {
         if let Some(noted) = noted
             && !stack.chain().layers().iter().skip(1).any(|layer| layer.path == noted)
         {
-            return Ok(done_already(&stack, spec));
+            let into = spec.into.unwrap_or(Neighbour::Parent);
+            return Ok(Merged::ALREADY.report(spec, into, stack.image()));
         }
         let pair = choose(&stack, &spec).await?;
         let lower = stack.chain().layers()[pair.upper + 1].path.clone();
         job.save_position(serde_json::json!(lower)).await?;
         let control = JobControl::new(job.progress().clone(), Rc::clone(stack.chain()));
         job.progress().set_total(stack.disk().geometry().size);
-        let mut report = match (pair.into, pair.upper) {
+        let merged = match (pair.into, pair.upper) {
             (Neighbour::Parent, upper) => super::into_parent::merge(&stack, upper, &control, enter).await?,
             (Neighbour::Child, 0) => super::into_child::merge(&stack, &control).await?,
             (Neighbour::Child, upper) => super::into_frozen_child::merge(&stack, upper, &control).await?,
         };
-        report.disk = spec.disk;
-        report.snapshot = spec.snapshot;
-        Ok(report)
-    }
-}
-
-fn done_already(stack: &Stack, spec: ConsolidateSpec) -> ConsolidateReport {
-    ConsolidateReport {
-        disk: spec.disk,
-        snapshot: spec.snapshot,
-        into: spec.into.unwrap_or(Neighbour::Parent),
-        removed: None,
-        file: stack.image(),
-        moved: 0,
-        mirrored: 0,
-        pause_us: 0,
+        Ok(merged.report(spec, pair.into, stack.image()))
     }
 }
 

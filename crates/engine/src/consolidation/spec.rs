@@ -1,8 +1,10 @@
 //! What is asked of a consolidation, and what came out, as plain data.
 
+use crate::promotion::microseconds;
 use crate::{EngineError, validate_name};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
 use utoipa::ToSchema;
 
 /// Which way the bytes go.
@@ -69,4 +71,28 @@ pub struct ConsolidateReport {
     pub mirrored: u64,
     /// For how long the guest's writes waited at the switch, in microseconds.
     pub pause_us: u64,
+}
+
+/// What a merge has done.
+pub(super) struct Merged {
+    /// The file that is gone.
+    pub(super) removed: Option<PathBuf>,
+    /// Bytes of data that the pass has moved.
+    pub(super) moved: u64,
+    /// Bytes of data that the guest's writes have brought to the other side meanwhile.
+    pub(super) mirrored: u64,
+    /// For how long the guest's writes waited.
+    pub(super) pause: Duration,
+}
+
+impl Merged {
+    /// It was done before.
+    pub(super) const ALREADY: Self = Self { removed: None, moved: 0, mirrored: 0, pause: Duration::ZERO };
+
+    /// The report of it; the disk's image is `file` now.
+    pub(super) fn report(self, spec: ConsolidateSpec, into: Neighbour, file: PathBuf) -> ConsolidateReport {
+        let Self { removed, moved, mirrored, pause } = self;
+        let ConsolidateSpec { disk, snapshot, .. } = spec;
+        ConsolidateReport { disk, snapshot, into, removed, file, moved, mirrored, pause_us: microseconds(pause) }
+    }
 }

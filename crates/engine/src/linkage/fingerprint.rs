@@ -20,7 +20,8 @@ pub(crate) struct Fingerprint {
     pub(crate) modified: i64,
 }
 
-fn modified(facts: &Metadata) -> i64 {
+/// When a file was modified last, in nanoseconds since 1970; 0 for a block device.
+pub(super) fn modified(facts: &Metadata) -> i64 {
     match facts.file_type().is_block_device() {
         true => 0,
         false => facts.mtime().saturating_mul(SECOND).saturating_add(facts.mtime_nsec()),

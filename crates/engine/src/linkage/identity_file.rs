@@ -261,14 +261,6 @@ pub(crate) async fn change(
     dataplane::offload(move || change_blocking(&image, change)).await
 }
 
-/// Says that the image is a snapshot, or is none.
-///
-/// # Errors
-/// When the file cannot be written.
-pub async fn set_snapshot(image: &Path, facts: Option<SnapshotFacts>) -> Result<(), EngineError> {
-    change(image, |known| known.snapshot = facts).await
-}
-
 /// Says where the disk is now that was here.
 ///
 /// # Errors

@@ -5,7 +5,7 @@
 //! were bound to. Both are noted beside the image, so that no frozen child has to be written to.
 
 use super::children::{self, kept_name};
-use super::fingerprint::Fingerprint;
+use super::fingerprint::{Fingerprint, modified};
 use super::identity_file::{self, IdentityRead, identity_file_of};
 use super::verify::link_to;
 use super::{forget_child, register_child};
@@ -15,7 +15,6 @@ use disk::{ContentId, LayerIdentity, ParentLink};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use storage::FileStorage;
 
@@ -35,8 +34,7 @@ pub struct KnownContent {
 impl KnownContent {
     fn of(content: Option<ContentId>, file: &Path) -> io::Result<Self> {
         let facts = fs::metadata(file)?;
-        let modified = facts.mtime().saturating_mul(1_000_000_000).saturating_add(facts.mtime_nsec());
-        Ok(Self { content: content.map(|id| id.to_string()), size: facts.len(), modified })
+        Ok(Self { content: content.map(|id| id.to_string()), size: facts.len(), modified: modified(&facts) })
     }
 
     fn is(&self, content: Option<ContentId>, size: u64, modified: i64) -> bool {

@@ -27,9 +27,10 @@ pub(crate) use accept::{bind_new_child, bind_opened, link_report};
 pub(crate) use children::refuse_parent;
 pub use children::{children, forget_child, register_child};
 pub use fault::{FaultKind, LinkFault};
+pub(crate) use fingerprint::now;
 pub use identity_file::{
     ChildEntry, ContentHash, IdentityFile, IdentityRead, SnapshotConsistency, SnapshotFacts, identity_file_of, read,
-    set_moved_to, set_snapshot,
+    set_moved_to,
 };
 pub(crate) use identity_file::{change, remove_of_replaced};
 pub use merging::{Absorbing, KnownContent, SameAs};

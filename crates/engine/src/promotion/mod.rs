@@ -16,6 +16,6 @@ mod run;
 mod spec;
 
 pub(crate) use offline::take_history_along;
-pub(crate) use pace::JobControl;
+pub(crate) use pace::{JobControl, TRIES, microseconds};
 pub(crate) use run::{Enter, Promotion};
 pub use spec::{PromoteReport, PromoteSpec};

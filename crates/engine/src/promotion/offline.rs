@@ -77,6 +77,7 @@ pub(crate) async fn take_history_along(from: PathBuf, to: PathBuf) {
     }
 }
 
-fn is_same(a: &Path, b: &Path) -> bool {
+/// Whether two paths lead to one place.
+pub(super) fn is_same(a: &Path, b: &Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }

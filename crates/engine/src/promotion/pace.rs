@@ -11,6 +11,14 @@ use std::time::{Duration, Instant};
 /// guest uses, and the longer a copy takes, the more of the guest's writes go to both sides.
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
+/// What comes late, when all else is done, is moved again before the guest is held once more; so often at most.
+pub(crate) const TRIES: u32 = 8;
+
+/// For reports.
+pub(crate) fn microseconds(pause: Duration) -> u64 {
+    u64::try_from(pause.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Lets a job pause, keep to its rate, and give way to the guest: when the guest was at work during a piece of the job, the
 /// job rests for as long as that piece took, up to a bound. So it takes about half of what a fast storage can do from a guest
 /// that wants it, and all of it from one that does not.

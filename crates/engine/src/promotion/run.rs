@@ -11,6 +11,8 @@
 //! says, but for what the history calls changed since the mark. A target without a history is begun anew. After step 4:
 //! the target is the disk, and held all.
 
+use super::offline::is_same;
+use super::pace::{TRIES, microseconds};
 use super::{JobControl, PromoteReport, PromoteSpec};
 use crate::history::host::random_id;
 use crate::images::create;
@@ -35,8 +37,6 @@ use tracking::NewPoint;
 
 /// Between two positions that are made durable. Each costs a flush of the target.
 const BETWEEN_POSITIONS: Duration = Duration::from_secs(3);
-/// Changes of the switch that come late are copied again; so often at most.
-const TRIES: u32 = 8;
 
 /// Makes the target known as the disk's image, durably; given the image, its format, and the history's file. Blocks.
 pub(crate) type Enter = Box<dyn FnOnce(&Path, Format, Option<PathBuf>) -> Result<(), EngineError> + Send>;
@@ -121,7 +121,7 @@ impl Promotion {
                     copied,
                     mirrored: mirror.mirrored(),
                     resumed,
-                    pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
+                    pause_us: microseconds(pause),
                 })
             }
             Err(error) => {
@@ -134,10 +134,6 @@ impl Promotion {
 
 fn mark_of(job: &JobHandle) -> String {
     format!("job {}: promote", job.id())
-}
-
-fn is_same(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Attaches the mirror of a job that begins.
@@ -344,10 +340,7 @@ async fn switch(
     // What is not durable yet is made so while the guest goes on: on the target, and in the old image, which is closed.
     stack.disk().flush().await?;
     mirror.flush().await?;
-    let marked = match stack.kept() {
-        Ok(kept) => Some(kept.prepare_switch(&new_layers[0].handle).await?),
-        Err(_) => None,
-    };
+    let marked = stack.mark_new_top(&new_layers[0].handle).await?;
     let began = Instant::now();
     let held = stack.hold_changes("the disk stays where it is").await?;
     if mirror.position() < stack.disk().geometry().size {

@@ -1,5 +1,6 @@
 //! Linked clones: new disks that begin as a snapshot and share its bytes.
 
+use super::overlay::parent_name;
 use super::{SnapshotReport, list};
 use crate::images::Workshop;
 use crate::images::report::ImageInfo;
@@ -17,20 +18,14 @@ pub(crate) fn plan(snapshot: &SnapshotReport, target: &Path) -> Result<CreateSpe
         });
     }
     let parent = snapshot.file.canonicalize().map_err(|e| EngineError::file(&snapshot.file, "find", e))?;
-    // In one directory they may be moved together.
-    let name = match parent.parent() == target.parent().and_then(|dir| dir.canonicalize().ok()).as_deref() {
-        true => parent.file_name().map(PathBuf::from).unwrap_or_default(),
-        false => parent,
-    };
-    let name = name.to_str().ok_or_else(|| {
-        EngineError::Invalid(format!("{}: a clone cannot record this name, which is no UTF-8", name.display()))
-    })?;
+    let directory = target.parent().and_then(|directory| directory.canonicalize().ok()).unwrap_or_default();
+    let name = parent_name(&directory.join(target.file_name().unwrap_or_default()), &parent)?;
     Ok(CreateSpec {
         file: target.to_owned(),
         format: Format::Qcow2,
         size: None,
         options: Default::default(),
-        backing: Some(BackingSpec { file: name.to_owned(), format: snapshot.format }),
+        backing: Some(BackingSpec { file: name, format: snapshot.format }),
         unsafe_backing: false,
     })
 }

@@ -4,7 +4,7 @@ use crate::EngineError;
 use crate::history::PreparedTop;
 use crate::images::stack::Stack;
 use chain::{Infill, LayerInfo, Mirror};
-use disk::LocalFuture;
+use disk::{LayerHandle, LocalFuture};
 use std::rc::Rc;
 use storage::FileStorage;
 
@@ -32,6 +32,17 @@ pub(crate) enum Exchanged<'a> {
 }
 
 impl Stack {
+    /// Has an image that is about to become the top one bear the mark of the disk's history, if one is kept.
+    ///
+    /// # Errors
+    /// As [`Kept::prepare_switch`](crate::history::Kept::prepare_switch).
+    pub(crate) async fn mark_new_top(&self, new_top: &LayerHandle) -> Result<Option<PreparedTop>, EngineError> {
+        match self.kept() {
+            Ok(kept) => Ok(Some(kept.prepare_switch(new_top).await?)),
+            Err(_) => Ok(None),
+        }
+    }
+
     /// Exchanges images. The guest's changes are held meanwhile when the top one is among them.
     /// `change` gets the present layers and closes what must be whole.
     ///

@@ -7,12 +7,11 @@ use crate::history::{FreezeSpec, HistorySource};
 use crate::home::Home;
 use crate::images::Workshop;
 use crate::images::stack::Stack;
-use crate::linkage::SnapshotConsistency;
+use crate::linkage::{SnapshotConsistency, now};
 use crate::promotion::take_history_along;
 use crate::{EngineError, Format};
 use futures_util::future::join_all;
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tracking::Id;
 
 /// A disk of the daemon.
@@ -28,11 +27,6 @@ pub(crate) struct NewTop {
     pub(crate) format: Format,
     /// The history's file, if one is kept.
     pub(crate) history: Option<PathBuf>,
-}
-
-fn now() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Takes a snapshot of all these disks at one instant. `entered` is told of each disk and its top image when all are

@@ -27,7 +27,7 @@ pub(crate) mod take;
 
 pub(crate) use clone::plan as plan_of_clone;
 pub(crate) use list::named;
-pub(crate) use overlay::open_layer;
+pub(crate) use overlay::{open_layer, parent_name};
 pub(crate) use place::replace as replace_file;
 pub use spec::{CloneSpec, SnapshotReport, SnapshotSpec};
 pub(crate) use take::allocated;

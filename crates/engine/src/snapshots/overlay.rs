@@ -54,6 +54,17 @@ fn open_fresh(path: &Path, name: &str, direct: bool) -> Result<FileStorage, Disk
     FileStorage::from_file(file, name, &options)
 }
 
+/// How a child names its parent: by its name alone where both are in one directory, so that they may be moved together.
+///
+/// # Errors
+/// When that is no UTF-8, as qcow2 has names.
+pub(crate) fn parent_name(child: &Path, parent: &Path) -> Result<String, EngineError> {
+    let name = if parent.parent() == child.parent() { parent.file_name() } else { None };
+    name.unwrap_or(parent.as_os_str()).to_str().map(str::to_owned).ok_or_else(|| {
+        EngineError::Invalid(format!("{}: an image cannot record a name that is no UTF-8", parent.display()))
+    })
+}
+
 /// Opens a qcow2 image without a data file.
 pub(super) async fn open_qcow2(file: FileStorage, read_only: bool) -> Result<LayerHandle, EngineError> {
     let options =

@@ -56,17 +56,10 @@ async fn revert(source: HistorySource, name: &str) -> Result<(), EngineError> {
 
 /// Crash: the disk's name leads to the old file until one rename, and then to an overlay that is durable and holds nothing.
 async fn exchange(file: &Path, snapshot: &SnapshotReport) -> Result<(), EngineError> {
-    let parent = if snapshot.file.parent() == file.parent() { snapshot.file.file_name() } else { None };
-    let parent = parent.unwrap_or(snapshot.file.as_os_str()).to_str().map(str::to_owned);
     let new = NewOverlay {
         fresh: place::beside(file, ".new"),
         name: file.display().to_string(),
-        parent: parent.ok_or_else(|| {
-            EngineError::Invalid(format!(
-                "{}: an overlay cannot record a name that is no UTF-8",
-                snapshot.file.display()
-            ))
-        })?,
+        parent: overlay::parent_name(file, &snapshot.file)?,
         parent_format: snapshot.format,
         size: snapshot.size,
         direct: false,

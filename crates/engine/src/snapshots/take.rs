@@ -21,6 +21,7 @@ use super::rearranging::Rearranging;
 use crate::history::PreparedTop;
 use crate::images::stack::Stack;
 use crate::linkage::{self, SnapshotConsistency, SnapshotFacts};
+use crate::promotion::microseconds;
 use crate::{EngineError, Format};
 use chain::LayerInfo;
 use disk::{LayerHandle, Preallocation, Storage, StorageId};
@@ -155,10 +156,7 @@ impl Stack {
         };
         let file = new.make().await?;
         let overlay = overlay::open_qcow2(file.clone(), false).await?;
-        let marked = match self.kept() {
-            Ok(kept) => Some(kept.prepare_switch(&overlay).await?),
-            Err(_) => None,
-        };
+        let marked = self.mark_new_top(&overlay).await?;
         Ok((overlay, file, marked))
     }
 
@@ -235,10 +233,7 @@ impl Stack {
             return Err(EngineError::Invalid(format!("{}: the guest goes on already", place.top.display())));
         }
         let left = place.clone();
-        let marked = match self.kept() {
-            Ok(kept) => Some(kept.prepare_switch(&before.layers[0].handle).await?),
-            Err(_) => None,
-        };
+        let marked = self.mark_new_top(&before.layers[0].handle).await?;
         self.exchange(Exchanged::Layers, async |_| {
             let file = left.disk.clone();
             let last = move || left.leave().map_err(|error| EngineError::file(&file, "put it back", error));
@@ -319,7 +314,7 @@ impl Stack {
             size: self.disk().geometry().size,
             stored,
             current: true,
-            pause_us: Some(u64::try_from(pause.as_micros()).unwrap_or(u64::MAX)),
+            pause_us: Some(microseconds(pause)),
         })
     }
 }

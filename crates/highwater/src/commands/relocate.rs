@@ -11,7 +11,7 @@ use api::{ConsolidateReport, ConsolidateSpec, JobKind, PromoteReport, PromoteSpe
 use engine::format_policy;
 use engine::images::Progress;
 
-/// `promote` and `move`; `by_name`: what the verb is called.
+/// `promote` and `move`, which are one.
 pub(crate) async fn promote(global: &Global, args: PromoteArgs) -> Outcome {
     let rate = args.rate.and_then(|RateArg(rate)| rate);
     let format = args.output_format.unwrap_or_else(|| format_policy::of_new(&args.target));

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! guest writes   prepare_switch     the new image gets a mark of this history
-//! held           Tracked::hold_still, or Held::stand_still: nothing is parked any more
+//! held           Tracked::hold_still, Still::wait_for_parked: nothing is parked any more
 //!                (the old top is flushed and closed)
 //!                before_switch      the sidecar names the new image
 //!                (rename or catalogue, and the directory's sync; the chain is switched)
@@ -50,9 +50,9 @@ impl Kept {
         Ok(PreparedTop { mark: marked.then_some(mark) })
     }
 
-    /// What is due right before the switch, while the disk stands still ([`tracking::Tracked::hold_still`], or
-    /// [`tracking::Held::stand_still`]) and after the old top was closed. `new_files` are the files of the disk after the
-    /// switch, in the order in which they would be opened: the new top, its data file, its parent, and so on.
+    /// What is due right before the switch, while the disk stands still ([`tracking::Tracked::hold_still`],
+    /// [`tracking::Still::wait_for_parked`]) and after the old top was closed. `new_files` are the files of the disk after
+    /// the switch, in the order in which they would be opened: the new top, its data file, its parent, and so on.
     ///
     /// # Errors
     /// When the files cannot be looked at, or the sidecar can neither be written nor given up: the switch must not be
@@ -248,7 +248,8 @@ mod tests {
         if until == Until::Prepared {
             return;
         }
-        let still = keeper.disk.hold_still().await.unwrap();
+        let still = keeper.disk.hold_still().await;
+        still.wait_for_parked().await.unwrap();
         stack.chain().top().flush().await.unwrap();
         stack.chain().top().close().await.unwrap();
         keeper.before_switch(prepared, &over.files()).await.unwrap();

@@ -13,7 +13,7 @@ const HOLD_LIMIT: Duration = Duration::from_secs(10);
 #[must_use = "the disk goes on when this is dropped"]
 pub(crate) enum Hold {
     /// Of a disk with a history.
-    Tracked { _still: Still<Chain> },
+    Tracked { still: Still<Chain> },
     /// Of a disk without one.
     Plain { _held: HeldWrites },
 }
@@ -24,18 +24,23 @@ impl Stack {
     /// # Errors
     /// When they do not end; `otherwise` says what has become of the work then.
     pub(crate) async fn hold_changes(&self, otherwise: &str) -> Result<Hold, EngineError> {
+        // It may be given up half-way, so it does nothing but wait.
         let hold = async {
-            Ok(match self.kept() {
-                Ok(kept) => Hold::Tracked { _still: kept.disk.hold_still().await? },
+            Ok::<_, EngineError>(match self.kept() {
+                Ok(kept) => Hold::Tracked { still: kept.disk.hold_still().await },
                 Err(_) => Hold::Plain { _held: self.chain().hold_writes().await? },
             })
         };
-        dataplane::timeout(HOLD_LIMIT, hold).await.ok_or_else(|| {
+        let hold = dataplane::timeout(HOLD_LIMIT, hold).await.ok_or_else(|| {
             EngineError::Invalid(format!(
                 "{}: requests under way did not end within {} s, so {otherwise}; its storage may hang",
                 self.image().display(),
                 HOLD_LIMIT.as_secs()
             ))
-        })?
+        })??;
+        if let Hold::Tracked { still } = &hold {
+            still.wait_for_parked().await?;
+        }
+        Ok(hold)
     }
 }

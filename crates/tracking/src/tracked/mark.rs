@@ -46,8 +46,7 @@ pub struct Held<D: Disk> {
 impl<D: Disk> Drop for Held<D> {
     fn drop(&mut self) {
         if let Some(Turn(tracked)) = &self.turn {
-            tracked.held.set(false);
-            tracked.moved.notify(usize::MAX);
+            tracked.release();
         }
     }
 }
@@ -97,10 +96,7 @@ impl<D: Disk> Tracked<D> {
         if self.history.state.borrow().frozen.is_some() {
             self.history.checkpoint().await?; // Of a point that could not be made durable.
         }
-        while self.held.get() {
-            self.moved.listen().await;
-        }
-        self.held.set(true);
+        self.hold_off().await;
         let held = Held { turn: Some(turn) };
         self.drained().await;
         Ok(held)
@@ -121,11 +117,7 @@ impl<D: Disk> Held<D> {
     /// # Panics
     /// Never: a held disk has its turn until it is cut.
     pub fn view(&self, store: StorageHandle, limit: u64) -> View<D> {
-        self.tracked().view_now(store, limit)
-    }
-
-    pub(super) fn tracked(&self) -> &Rc<Tracked<D>> {
-        &self.turn.as_ref().expect("held until cut or dropped").0
+        self.turn.as_ref().expect("held until cut or dropped").0.view_now(store, limit)
     }
 
     /// Ends the epoch at this instant and lets the guest go on.
@@ -154,8 +146,7 @@ impl<D: Disk> Held<D> {
         };
         known.frozen = Some(ended);
         drop(known);
-        tracked.held.set(false);
-        tracked.moved.notify(usize::MAX);
+        tracked.release();
         UncommittedPoint { turn, point }
     }
 }

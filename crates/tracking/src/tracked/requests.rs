@@ -41,15 +41,11 @@ impl Drop for Request<'_> {
 }
 
 /// No request is under way, and none begins while it lives.
-pub(super) struct HeldRequests<'a> {
-    held: &'a Cell<bool>,
-    moved: &'a Event,
-}
+pub(super) struct HeldRequests<'a, D: Disk>(&'a Tracked<D>);
 
-impl Drop for HeldRequests<'_> {
+impl<D: Disk> Drop for HeldRequests<'_, D> {
     fn drop(&mut self) {
-        self.held.set(false);
-        self.moved.notify(usize::MAX);
+        self.0.release();
     }
 }
 
@@ -69,14 +65,25 @@ impl<D: Disk> Tracked<D> {
     }
 
     /// Holds off new requests, and waits for those under way.
-    pub(super) async fn hold_requests(&self) -> HeldRequests<'_> {
+    pub(super) async fn hold_requests(&self) -> HeldRequests<'_, D> {
+        self.hold_off().await;
+        let held = HeldRequests(self);
+        self.drained().await;
+        held
+    }
+
+    /// Holds off new requests, as soon as nobody else does; until [`Tracked::release`].
+    pub(super) async fn hold_off(&self) {
         while self.held.get() {
             self.moved.listen().await;
         }
         self.held.set(true);
-        let held = HeldRequests { held: &self.held, moved: &self.moved };
-        self.drained().await;
-        held
+    }
+
+    /// Ends what [`Tracked::hold_off`] began.
+    pub(super) fn release(&self) {
+        self.held.set(false);
+        self.moved.notify(usize::MAX);
     }
 
     /// Waits until no request is under way.

@@ -1,6 +1,6 @@
 //! A disk that stands still, so that what is below it can be exchanged.
 
-use super::{Held, Tracked};
+use super::Tracked;
 use disk::{Disk, DiskError, ErrorKind, Operation, Result};
 use std::rc::Rc;
 
@@ -10,26 +10,31 @@ pub struct Still<D: Disk>(Rc<Tracked<D>>);
 
 impl<D: Disk> Drop for Still<D> {
     fn drop(&mut self) {
-        self.0.held.set(false);
-        self.0.moved.notify(usize::MAX);
+        self.0.release();
+    }
+}
+
+impl<D: Disk> Still<D> {
+    /// Waits until nothing is parked any more. To be polled to its end: a parked write that could not be done before is
+    /// written again here.
+    ///
+    /// # Errors
+    /// When a parked write cannot be done.
+    pub async fn wait_for_parked(&self) -> Result<()> {
+        self.0.wait_for_all_parked().await
     }
 }
 
 impl<D: Disk> Tracked<D> {
-    /// Holds off requests that change bytes, and waits until those under way have ended and nothing is parked any more.
-    /// Reads go on.
+    /// Holds off requests that change bytes, and waits until those under way have ended. Reads go on. What is still parked
+    /// then could not be written: [`Still::wait_for_parked`].
     ///
-    /// # Errors
-    /// When a parked write cannot be done: the disk goes on.
-    pub async fn hold_still(self: &Rc<Self>) -> Result<Still<D>> {
-        while self.held.get() {
-            self.moved.listen().await;
-        }
-        self.held.set(true);
+    /// May be dropped half-way: the disk goes on.
+    pub async fn hold_still(self: &Rc<Self>) -> Still<D> {
+        self.hold_off().await;
         let still = Still(Rc::clone(self));
         self.drained().await;
-        self.wait_for_all_parked().await?;
-        Ok(still)
+        still
     }
 
     /// Whether first writes are parked in a lot.
@@ -50,18 +55,5 @@ impl<D: Disk> Tracked<D> {
         self.parking.lot.borrow_mut().take();
         self.parking.free.borrow_mut().clear();
         Ok(())
-    }
-}
-
-impl<D: Disk> Held<D> {
-    /// Has a disk that is held for a mark stand still: nothing is parked any more on return.
-    ///
-    /// # Errors
-    /// When a parked write cannot be done.
-    ///
-    /// # Panics
-    /// Never: a held disk has its turn until it is cut.
-    pub async fn stand_still(&self) -> Result<()> {
-        self.tracked().wait_for_all_parked().await
     }
 }

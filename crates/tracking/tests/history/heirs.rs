@@ -82,7 +82,9 @@ async fn switch(disk: &Rc<Tracked<Chain>>, place: &Place, heir_bears: bool, happ
     place.phase.set(Phase::Marking);
     let mark = history.mark_for_heir().await.expect("no faults").filter(|_| heir_bears);
     place.phase.set(Phase::Holding);
-    let mut still = Some(disk.hold_still().await.expect("no faults"));
+    let still = disk.hold_still().await;
+    still.wait_for_parked().await.expect("no faults");
+    let mut still = Some(still);
     let parks = disk.is_parking();
     disk.inner().flush().await.expect("no faults");
     disk.leave_lot().expect("stands still");

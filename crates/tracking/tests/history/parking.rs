@@ -3,7 +3,9 @@
 use crate::host::{TestHost, raw};
 use chain::Chain;
 use disk::{Buf, Disk, DiskHandle, ErrorKind, LocalFuture, Operation, WriteFlags};
+use futures_util::future::select;
 use std::cell::{Cell, RefCell};
+use std::pin::pin;
 use std::rc::Rc;
 use testkit::conformance::{Workload, workload};
 use testkit::executor::{self, Executor};
@@ -191,6 +193,37 @@ fn what_is_tried_again_is_on_one_side_of_a_mark() {
     println!("{later} came after the mark");
 }
 
+#[test]
+fn a_hold_may_be_given_up_at_any_moment() {
+    seeds::each(60, |seed| {
+        executor::run(seed, async move {
+            let host = TestHost::new(seed);
+            let (image, sidecar) = (MemoryStorage::new(1 << 20).yielding(seed), MemoryStorage::new(0));
+            let lot = Rc::new(TestLot::default());
+            create(&sidecar, &host, 1 << 20).await;
+            let disk = open(&image, &sidecar, &host, &lot).await;
+            image.fail_from(Some(Operation::Write), 0, ErrorKind::NoSpace);
+            disk.write(8192, Buf::copy_of(&[2; 512]), WriteFlags::default()).await.unwrap();
+            disk.flush().await.unwrap_err();
+            image.heal();
+            let busy = Rc::clone(&disk);
+            let write =
+                executor::spawn(async move { busy.write(0, Buf::copy_of(&[1; 512]), WriteFlags::default()).await });
+            let given_up = async {
+                for _ in 0..seed % 12 {
+                    executor::yield_now().await;
+                }
+            };
+            // As one with a time limit does.
+            drop(select(pin!(disk.hold_still()), pin!(given_up)).await);
+            write.await.unwrap();
+            assert_eq!(disk.read(8192, Buf::new(1)).await.unwrap()[0], 2);
+            disk.flush().await.unwrap();
+            assert_eq!(image.to_vec()[8192], 2);
+        });
+    });
+}
+
 /// With a pause that never ends, writes stay parked until somebody waits for one of them, or half of the lot is taken.
 #[test]
 fn parked_writes_wait_for_company_unless_somebody_waits_for_them() {
@@ -241,7 +274,7 @@ fn parked_writes_wait_for_company_unless_somebody_waits_for_them() {
         assert_eq!(syncs(), before + 1, "one sync for all");
 
         write(5).await;
-        drop(disk.hold_still().await.unwrap());
+        disk.hold_still().await.wait_for_parked().await.unwrap();
         assert!(is_there(5));
         write(6).await;
         disk.close().await.unwrap();

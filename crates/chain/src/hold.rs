@@ -15,7 +15,7 @@ impl Drop for HeldWrites {
 }
 
 impl Chain {
-    /// Has requests that change bytes wait, and waits for those under way. One at a time.
+    /// Has requests that change bytes, and changes of size, wait, and waits for those under way. One at a time.
     ///
     /// # Errors
     /// `Closed` when the disk is being closed.

@@ -72,7 +72,8 @@ impl Requests {
         }
         self.held.set(true);
         let unless_dropped = Released(self);
-        while self.writing.get() > 0 {
+        // A change of size may be under way.
+        while self.writing.get() > 0 || self.exclusive.get() {
             self.changed.listen().await;
         }
         std::mem::forget(unless_dropped);
@@ -96,6 +97,19 @@ impl Requests {
             self.changed.listen().await;
         }
         exclusive
+    }
+
+    /// As [`Requests::exclude`], for what changes bytes: waits while such requests are held.
+    pub(crate) async fn exclude_to_change(&self) -> Exclusive<'_> {
+        loop {
+            while self.held.get() && !self.closed.get() {
+                self.changed.listen().await;
+            }
+            let exclusive = self.exclude().await;
+            if !self.held.get() || self.closed.get() {
+                return exclusive;
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use crate::stack::Stack;
 use disk::{ByteRange, DiskError, ErrorKind, Operation, Preallocation, Result, ZeroMode};
 
 impl Chain {
-    /// Changes the top layer's size while no request is under way.
+    /// Changes the top layer's size while no request is under way, and changes are not held.
     ///
     /// Two kinds of old bytes must not show where the disk grows: those of a parent that is longer than the
     /// top layer was, and those that an earlier shrink, or another program, left in the rest of a block that the
@@ -14,7 +14,7 @@ impl Chain {
     ///
     /// Crash: the old size, with zeroes out of reach behind it, or the new size with zeroes in what was added.
     pub(crate) async fn change_size(&self, size: u64, preallocation: Preallocation) -> Result<()> {
-        let _exclusive = self.requests.exclude().await;
+        let _exclusive = self.requests.exclude_to_change().await;
         if self.requests.is_closed() {
             return Err(DiskError::new(ErrorKind::Closed, Operation::Resize));
         }

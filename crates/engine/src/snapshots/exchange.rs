@@ -58,7 +58,15 @@ impl Stack {
     ) -> Result<(), EngineError> {
         let mut new_files = None;
         let steps = async |layers: Rc<[LayerInfo]>| {
+            let size = layers[0].handle.geometry().size;
             let Exchange { layers, files, marked, last } = change(layers).await?;
+            // The chain would refuse it, too, but after the last step.
+            if layers.first().is_none_or(|top| top.handle.geometry().size != size) {
+                return Err(EngineError::Invalid(format!(
+                    "{}: was resized while another image was to take its place; it stays as it was, try again",
+                    self.image().display()
+                )));
+            }
             let named = match self.kept().ok().zip(marked) {
                 Some((kept, marked)) => {
                     kept.before_switch(marked, &files).await?;

@@ -286,6 +286,7 @@ impl Inner {
         let from = (ragged - (end - alignment)) as usize;
         if block[from..].iter().all(|byte| *byte == 0) {
             self.file.std().set_len(ragged)?;
+            self.size.store(ragged, Ordering::Release);
         }
         Ok(())
     }

@@ -78,6 +78,21 @@ fn a_ragged_end_keeps_its_size() {
 }
 
 #[test]
+fn a_ragged_end_that_was_restored_is_restored_again() {
+    each(10_000, |path, storage, handle| async move {
+        let size = || std::fs::metadata(&path).expect("metadata").len();
+        for round in 0..3 {
+            handle.write(9_000, Buf::copy_of(&pattern(round, 900))).await.expect("write");
+            storage.restore_ragged_size().expect("restore");
+            assert_eq!(size(), 10_000);
+        }
+        handle.write(9_000, Buf::copy_of(&pattern(9, 900))).await.expect("write");
+        drop((storage, handle));
+        assert_eq!(size(), 10_000);
+    });
+}
+
+#[test]
 fn zeroes_holes_and_space() {
     use std::os::unix::fs::MetadataExt;
     each(0, |path, _, handle| async move {

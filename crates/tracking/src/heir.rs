@@ -15,7 +15,7 @@
 
 use crate::history::History;
 use crate::superblock::Heir;
-use crate::{HistoryError, Id, ImageFacts, ImageMark};
+use crate::{Id, ImageFacts, ImageMark};
 use disk::DiskError;
 
 impl History {
@@ -68,16 +68,6 @@ impl History {
     }
 
     async fn tell_of_heir(&self, heir: Option<Heir>) -> Result<(), DiskError> {
-        if self.is_stopped() {
-            return Ok(());
-        }
-        match self.write_superblock(|superblock| superblock.heir = heir).await {
-            Ok(()) => Ok(()),
-            Err(HistoryError::Stopped { reason }) => self.stop(&reason).await,
-            Err(error) => {
-                self.stop(&format!("the history could not be told of the image that takes its image's place: {error}"))
-                    .await
-            }
-        }
+        self.tell("of the image that takes its image's place", |superblock| superblock.heir = heir).await
     }
 }

@@ -299,6 +299,22 @@ impl History {
         Ok(())
     }
 
+    /// Writes a superblock that what follows relies on; where that fails, the history is given up, and nothing relies on it.
+    /// `of` is what it was to be told of.
+    ///
+    /// # Errors
+    /// As [`History::stop`].
+    pub(crate) async fn tell(&self, of: &str, change: impl FnOnce(&mut Superblock)) -> Result<(), DiskError> {
+        if self.is_stopped() {
+            return Ok(());
+        }
+        match self.write_superblock(change).await {
+            Ok(()) => Ok(()),
+            Err(HistoryError::Stopped { reason }) => self.stop(&reason).await,
+            Err(error) => self.stop(&format!("the history could not be told {of}: {error}")).await,
+        }
+    }
+
     /// Tries again to give up, if that was decided and could not be done.
     ///
     /// # Errors

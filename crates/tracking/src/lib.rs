@@ -35,6 +35,7 @@ mod intents;
 mod journal_block;
 mod kind;
 mod layout;
+mod others;
 mod page_set;
 mod points;
 mod run_map;

@@ -60,23 +60,18 @@ fn sectors_written(facts: &fs::Metadata) -> Option<u64> {
     stat.split_whitespace().nth(6)?.parse().ok()
 }
 
-/// How a disk of these files looks, the top image first. Blocks.
+fn stat(file: &FileStorage) -> Result<fs::Metadata> {
+    file.file().metadata().map_err(|e| DiskError::from_io(e, Operation::Open))
+}
+
+/// How a disk of these files looks, the top image first; no request is under way. Blocks.
 pub(super) fn look(files: &[FileStorage]) -> Result<ImageFacts> {
-    let stat = |file: &FileStorage| file.file().metadata().map_err(|e| DiskError::from_io(e, Operation::Open));
     let [top, others @ ..] = files else {
         return Err(DiskError::from_io(io::Error::other("a disk without a file"), Operation::Open));
     };
-    files.iter().try_for_each(FileStorage::restore_ragged_size)?;
+    top.restore_ragged_size()?;
     let facts = stat(top)?;
     let block_device = facts.file_type().is_block_device();
-    let mut sums = [0, !0];
-    for other in others {
-        let facts = stat(other)?;
-        for number in [facts.len(), nanoseconds(&facts) as u64] {
-            sums = sums.map(|sum| crc32c::crc32c_append(sum, &number.to_le_bytes()));
-        }
-    }
-    let digest = if others.is_empty() { 0 } else { u64::from(sums[0]) << 32 | u64::from(sums[1]) | 1 };
     Ok(ImageFacts {
         device: if block_device { facts.rdev() } else { facts.dev() },
         inode: if block_device { 0 } else { facts.ino() },
@@ -84,8 +79,21 @@ pub(super) fn look(files: &[FileStorage]) -> Result<ImageFacts> {
         modified: if block_device { 0 } else { nanoseconds(&facts) },
         block_device,
         sectors_written: if block_device { sectors_written(&facts) } else { None },
-        others: digest,
+        others: look_at_others(others)?,
     })
+}
+
+/// How the files below the top image look; no request is under way to them. Blocks.
+pub(super) fn look_at_others(others: &[FileStorage]) -> Result<u64> {
+    let mut sums = [0, !0];
+    for other in others {
+        other.restore_ragged_size()?;
+        let facts = stat(other)?;
+        for number in [facts.len(), nanoseconds(&facts) as u64] {
+            sums = sums.map(|sum| crc32c::crc32c_append(sum, &number.to_le_bytes()));
+        }
+    }
+    Ok(if others.is_empty() { 0 } else { u64::from(sums[0]) << 32 | u64::from(sums[1]) | 1 })
 }
 
 /// A random name.

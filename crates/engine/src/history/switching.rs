@@ -19,14 +19,14 @@
 //! The old image keeps its mark. It names a moment that is none of the history's after the switch, so the image is
 //! refused where a copy of the sidecar lies beside it, and a sidecar of its own begins a lineage of its own.
 
-use super::host::look;
+use super::host::{look, look_at_others};
 use super::parked::Lot;
 use super::sidecar::Kept;
 use crate::EngineError;
 use disk::{DiskError, HistoryMark, LayerHandle, Operation};
 use std::os::unix::fs::MetadataExt;
 use storage::FileStorage;
-use tracking::{Host, ImageFacts, ImageMark, OTHERS_CHANGE};
+use tracking::ImageMark;
 
 /// An image that is about to become the top one, as [`Kept::prepare_switch`] has prepared it.
 #[must_use]
@@ -112,27 +112,19 @@ impl Kept {
     /// until [`Kept::lower_images_rest`], they do not count as a sign that somebody else was there. Durable on return.
     ///
     /// # Errors
-    /// When the sidecar can neither be written nor given up: they must not be changed.
+    /// As [`tracking::History::others_change`]: they must not be changed.
     pub(crate) async fn lower_images_change(&self) -> Result<(), EngineError> {
-        self.history().mark_for_heir().await?; // For the session has to have begun.
-        self.take_down(|facts| facts.others = OTHERS_CHANGE).await
+        Ok(self.history().others_change().await?)
     }
 
-    /// They stay as they are from now on.
+    /// They stay as they are from now on. The guest may write to the top meanwhile.
     ///
     /// # Errors
-    /// When the sidecar can neither be written nor given up.
+    /// When they cannot be looked at, or the sidecar can neither be written nor given up.
     pub(crate) async fn lower_images_rest(&self) -> Result<(), EngineError> {
-        self.take_down(|_| {}).await
-    }
-
-    /// Takes down how the image looks, which stays the same one: it is its own heir.
-    async fn take_down(&self, change: impl FnOnce(&mut ImageFacts)) -> Result<(), EngineError> {
         let files = self.host.files();
-        let mut facts = dataplane::offload(move || look(&files)).await?;
-        change(&mut facts);
-        self.history().name_heir(facts, self.host.mark()).await?;
-        Ok(self.history().heir_takes_place().await?)
+        let others = dataplane::offload(move || look_at_others(files.get(1..).unwrap_or_default())).await?;
+        Ok(self.history().others_rest(others).await?)
     }
 }
 
@@ -143,6 +135,10 @@ fn sync_times(old: &[FileStorage], new: &[FileStorage]) -> disk::Result<()> {
     let failed = |file: &FileStorage, error| {
         DiskError::from_io(error, Operation::Flush).on(disk::Storage::name(file).to_owned())
     };
+    // Where it stays, it stays as another open file, which does not know of that.
+    if let Some(old_top) = old.first() {
+        old_top.restore_ragged_size()?;
+    }
     let old_top = old.first().and_then(|file| id(file).ok());
     for (n, file) in new.iter().enumerate() {
         if n == 0 || id(file).ok().is_some_and(|id| Some(id) == old_top) {
@@ -223,7 +219,11 @@ mod tests {
     }
 
     async fn write(stack: &Stack, at: u64) {
-        stack.disk().write(at, Buf::copy_of(&[7; 4096]), disk::WriteFlags::default()).await.unwrap();
+        write_bytes(stack, at, 4096).await;
+    }
+
+    async fn write_bytes(stack: &Stack, at: u64, len: usize) {
+        stack.disk().write(at, Buf::copy_of(&vec![7; len]), disk::WriteFlags::default()).await.unwrap();
     }
 
     async fn changed(stack: &Stack) -> Vec<u64> {
@@ -303,6 +303,60 @@ mod tests {
                 .unwrap();
             }
         }
+    }
+
+    /// A direct write completes the last block of a file whose size is ragged; the frozen layer gets its size back before the
+    /// history takes down how it looks, not when the last who wrote to it lets go of it.
+    #[test]
+    fn a_frozen_image_of_ragged_size_is_still_trusted_after_a_kill() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("disk.raw");
+        let size = 8 * MIB + 512;
+        fs::File::create(&image).unwrap().set_len(size).unwrap();
+        block_on(Backend::Auto, async {
+            let spec = HistorySpec { mode: HistoryMode::On, ..HistorySpec::default() };
+            let request = OpenRequest {
+                image: ImageSpec::of(&image, Some(Format::Raw)),
+                format: Format::Raw,
+                writable: true,
+                force_share: false,
+                cache: CacheMode::None,
+                history: HistoryUse::Kept(spec),
+                linkage: crate::linkage::LinkageUse::Ignored,
+            };
+            let stack = Stack::open(&request).await.unwrap();
+            stack.hold("p").await.unwrap();
+            stack.cut(tracking::NewPoint { name: "p".to_owned(), set: tracking::Id::NONE }, None);
+            stack.commit("disk", tracking::Consistency::Crash).await.unwrap();
+            write_bytes(&stack, size - 512, 512).await;
+            let set = crate::history::host::random_id();
+            stack.prepare_snapshot(set, "s").await.unwrap();
+            stack.hold_for_snapshot().await.unwrap();
+            stack.switch_to_overlay().await.unwrap();
+            let consistency = crate::linkage::SnapshotConsistency::Crash;
+            let facts = crate::snapshots::take::Instantaneous { time: 0, consistency };
+            stack.settle_snapshot("disk", &facts).await.unwrap();
+            let frozen = &stack.chain().layers()[1].path;
+            assert_eq!(fs::metadata(frozen).unwrap().len(), size);
+            write_bytes(&stack, 2 * MIB, 4096).await;
+            stack.image()
+        })
+        .map(|image| {
+            block_on(Backend::Auto, async move {
+                // As after a kill: it was not closed.
+                let history = HistorySpec {
+                    mode: HistoryMode::On,
+                    file: Some(sidecar_of(&directory.path().join("disk.raw"))),
+                    ..HistorySpec::default()
+                };
+                let stack = open(&image, HistoryUse::Kept(history), false).await;
+                assert_eq!(stack.kept().unwrap().distrust, None);
+                assert_eq!(changed(&stack).await, [2 * MIB]);
+                stack.close().await.unwrap();
+            })
+            .unwrap();
+        })
+        .unwrap();
     }
 
     #[test]

@@ -398,3 +398,36 @@ fn a_sidecar_that_fails_is_given_up() {
         });
     }
 }
+
+/// While the images below change, none of their states is a sign of somebody else; once they rest, and after a close, each
+/// other one is. Who comes too late, when the disk is closed, changes nothing.
+#[test]
+fn images_below_may_change_until_they_rest() {
+    const SIZE: u64 = 8 * GRANULE;
+    executor::run(1, async {
+        let (image, sidecar, host) = (MemoryStorage::new(SIZE), MemoryStorage::new(0), TestHost::new(1));
+        let options = CreateOptions { granule: GRANULE, size: SIZE };
+        History::create(sidecar.handle(), host.clone(), options).await.expect("no faults");
+        let found = async |others: u64| {
+            let then = host.facts.replace(ImageFacts { others, ..host.facts.get() });
+            let after_a_kill = MemoryStorage::of(sidecar.snapshot());
+            let (_, distrust) = History::open(after_a_kill.handle(), host.clone()).await.expect("no faults");
+            host.facts.set(then);
+            distrust
+        };
+        let disk = tracked(image.handle(), sidecar.handle(), &host).await;
+        disk.history().others_change().await.expect("no faults");
+        assert_eq!(found(5).await, None);
+        assert_eq!(found(7).await, None);
+        disk.history().others_rest(7).await.expect("no faults");
+        assert_eq!(found(5).await, Some(Distrust::OtherFiles));
+        assert_eq!(found(7).await, None);
+        disk.history().others_change().await.expect("no faults");
+        host.facts.set(ImageFacts { others: 9, ..host.facts.get() });
+        disk.close().await.expect("no faults");
+        disk.history().others_rest(7).await.expect("nothing is to be done");
+        assert_eq!(disk.history().others_change().await.expect_err("too late").kind(), ErrorKind::Closed);
+        assert_eq!(found(7).await, Some(Distrust::OtherFiles));
+        assert_eq!(found(9).await, None);
+    });
+}

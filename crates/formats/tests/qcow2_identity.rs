@@ -471,6 +471,14 @@ fn another_backing_file_is_named_and_qemu_agrees() {
     let error = run(qcow2::rename_backing(&without.handle(), Some(&renamed("base.raw", "raw")))).expect_err("refused");
     assert_eq!(error.kind(), ErrorKind::Unsupported, "not in one step");
     assert_eq!(header_of(&without).backing, Some(renamed("other.qcow2", "qcow2")), "nothing has changed");
+    let mut longer = options(16, Some("base.raw"));
+    longer.backing = Some(renamed("base.raw", "host_device"));
+    let longer = created(&longer);
+    assert!(set(&longer, Some(link(2))));
+    let before = identity_of(&longer);
+    let error = run(qcow2::rename_backing(&longer.handle(), Some(&renamed("base.raw", "raw")))).expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "what is behind a shorter extension would be found no more");
+    assert_eq!(identity_of(&longer), before);
     let long = "n".repeat(1024);
     for bad in [renamed("", "raw"), renamed(&long, "raw"), BackingRef { format: None, ..renamed("a", "raw") }] {
         let error = run(qcow2::rename_backing(&memory.handle(), Some(&bad))).expect_err("refused");

@@ -63,7 +63,8 @@ async fn change(storage: &StorageHandle, backing: Option<&BackingRef>) -> Result
     };
     let same = extension.data == format.as_bytes();
     let room = extension.data.len().next_multiple_of(8);
-    if !same && (format.len() > room || at as usize + room > SECTOR) {
+    // The next extension begins where this one's length says.
+    if !same && (format.len().next_multiple_of(8) != room || at as usize + room > SECTOR) {
         return refused(
             ErrorKind::Unsupported,
             "name and format of its backing file cannot be changed in one step; convert the image to a new one instead",

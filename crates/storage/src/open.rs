@@ -2,7 +2,7 @@
 
 use crate::{FileStorage, direct, lock};
 use disk::{DiskError, ErrorKind, Operation, Result};
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -79,12 +79,7 @@ impl FileStorage {
         let operation = if options.create_new.is_some() { Operation::Create } else { Operation::Open };
         let failed = |error: io::Error| DiskError::from_io(error, operation).on(name);
         let kind = file.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            let what = if kind.is_dir() { "a directory" } else { "neither a regular file nor a block device" };
-            return Err(DiskError::new(ErrorKind::Unsupported, operation)
-                .on(name)
-                .because(format!("is {what}; a disk needs a regular file or a block device")));
-        }
+        refuse_kind(kind, operation).map_err(|error| error.on(name))?;
         lock::acquire(&file, lock::Demand::of(options)).map_err(|error| match error {
             lock::LockError::Held(held) => {
                 DiskError::new(ErrorKind::InUse, operation).on(name).because(held.to_string())
@@ -117,8 +112,22 @@ fn block_size(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?)
 }
 
+/// Refuses what can be no disk.
+fn refuse_kind(kind: FileType, operation: Operation) -> Result<()> {
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    }
+    let what = if kind.is_dir() { "a directory" } else { "neither a regular file nor a block device" };
+    Err(DiskError::new(ErrorKind::Unsupported, operation)
+        .because(format!("is {what}; a disk needs a regular file or a block device")))
+}
+
 fn open(path: &Path, options: &OpenOptions) -> Result<File> {
     let operation = if options.create_new.is_some() { Operation::Create } else { Operation::Open };
+    // Before it is opened: a pipe would be waited for until somebody opens its other end.
+    if let Ok(found) = std::fs::metadata(path) {
+        refuse_kind(found.file_type(), operation)?;
+    }
     let mut how = File::options();
     how.read(true).write(!options.read_only);
     if options.create_new.is_some() {

@@ -188,6 +188,10 @@ fn refusals_say_why() {
     assert!(text.contains("exists already"), "{text}");
     let (found, text) = kind(dir.path(), OpenOptions::read_only());
     assert!(found == ErrorKind::Unsupported && text.contains("directory"), "{text}");
+    let pipe = dir.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo").success());
+    let (found, text) = kind(&pipe, OpenOptions::read_only()); // Nobody opens its other end.
+    assert!(found == ErrorKind::Unsupported && text.contains("neither a regular file"), "{text}");
     let (found, text) = kind("/proc/cpuinfo", OpenOptions { cache: CacheMode::None, ..OpenOptions::read_only() });
     assert!(found == ErrorKind::Unsupported && text.contains("--cache writeback"), "{text}");
     let read_only = StorageHandle::new(FileStorage::open(&path, &OpenOptions::read_only()).expect("open"));

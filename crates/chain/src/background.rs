@@ -54,6 +54,11 @@ impl Chain {
                 .because("another job works on this disk; wait for its end, or cancel it"));
         }
         check(&layers)?;
+        let failed = self.background.borrow().clone();
+        if let Some(Background::Mirror(mirror)) = failed {
+            // It was left to keep the top from what is not durable below it.
+            mirror.release_parent().await?;
+        }
         self.background.replace(Some(job));
         Ok(())
     }

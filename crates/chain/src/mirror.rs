@@ -30,6 +30,23 @@ const READ_BACK_MAX: u64 = 1 << 20;
 /// The largest block that a storage takes whole, in bytes.
 const BLOCK_MAX: u64 = disk::BUF_ALIGNMENT as u64;
 
+/// What a target failed with, to be told as often as somebody asks.
+struct Failure {
+    kind: ErrorKind,
+    operation: Operation,
+    text: String,
+}
+
+impl Failure {
+    fn of(error: &DiskError) -> Self {
+        Self { kind: error.kind(), operation: error.operation(), text: error.to_string() }
+    }
+
+    fn told(&self) -> DiskError {
+        DiskError::new(self.kind, self.operation).because(format!("the target of the copy failed: {}", self.text))
+    }
+}
+
 /// A disk that takes part in the guest's changes.
 pub struct Mirror {
     target: DiskHandle,
@@ -37,9 +54,8 @@ pub struct Mirror {
     above: usize,
     copied: RefCell<Coverage>,
     locks: RangeLocks,
-    /// What the target failed with, until somebody takes it.
-    failure: RefCell<Option<DiskError>>,
-    failed: Cell<bool>,
+    /// What the target failed with.
+    failure: RefCell<Option<Failure>>,
     /// It was attached once.
     used: Cell<bool>,
     /// Data that the guest's changes have moved to the target, in bytes.
@@ -70,7 +86,6 @@ impl Mirror {
             copied: RefCell::new(equal),
             locks: RangeLocks::default(),
             failure: RefCell::default(),
-            failed: Cell::new(false),
             used: Cell::new(false),
             mirrored: Cell::new(0),
         })
@@ -79,6 +94,14 @@ impl Mirror {
     /// Whether the target stands below in the disk itself.
     pub(crate) fn leads_into_parent(&self) -> bool {
         self.above > 0
+    }
+
+    /// Makes durable what stands below in the disk and was written to, so that the top may rely on what it shows.
+    pub(crate) async fn release_parent(&self) -> Result<()> {
+        match self.leads_into_parent() {
+            true => self.target.flush().await,
+            false => Ok(()),
+        }
     }
 
     /// The disk that is written to.
@@ -98,12 +121,7 @@ impl Mirror {
 
     /// Whether the target has failed: the mirror is over, and the guest goes on with the source alone.
     pub fn has_failed(&self) -> bool {
-        self.failed.get()
-    }
-
-    /// What the target failed with; told once.
-    pub fn take_failure(&self) -> Option<DiskError> {
-        self.failure.take()
+        self.failure.borrow().is_some()
     }
 
     /// Makes durable on the target what was copied and mirrored until now; returns the position that this is true of. A
@@ -121,28 +139,25 @@ impl Mirror {
     }
 
     fn alive(&self) -> Result<()> {
-        if self.has_failed() { Err(self.failed_with()) } else { Ok(()) }
-    }
-
-    fn failed_with(&self) -> DiskError {
-        self.take_failure().unwrap_or_else(|| {
-            DiskError::new(ErrorKind::Closed, Operation::Write).because("the mirror ended when its target failed")
-        })
+        match &*self.failure.borrow() {
+            None => Ok(()),
+            Some(failure) => Err(failure.told()),
+        }
     }
 
     /// Ends the mirror; returns the first failure of the target, for whoever can tell of it.
     fn fail(&self, error: DiskError) -> DiskError {
         self.note(Err(error));
-        self.failed_with()
+        self.alive().err().unwrap_or_else(not_attached)
     }
 
     /// Ends the mirror if the target failed; the failure is kept for the job.
     fn note(&self, result: Result<()>) {
         if let Err(error) = result
-            && !self.failed.replace(true)
+            && !self.has_failed()
         {
             tracing::warn!(%error, "the target of a copy failed; the guest goes on without it");
-            self.failure.replace(Some(error));
+            self.failure.replace(Some(Failure::of(&error)));
         }
     }
 
@@ -337,13 +352,10 @@ impl Chain {
     /// that fails, the mirror goes on to keep the top from that.
     pub async fn detach_mirror(&self, mirror: &Rc<Mirror>) -> bool {
         let job = Background::Mirror(Rc::clone(mirror));
-        if !mirror.leads_into_parent() {
-            return self.detach(&job).await;
-        }
         let _exclusive = self.requests.exclude().await;
         let attached = self.has_background(&job);
         if attached {
-            match mirror.target.flush().await {
+            match mirror.release_parent().await {
                 Ok(()) => drop(self.background.replace(None)),
                 Err(error) => mirror.note(Err(error)),
             }

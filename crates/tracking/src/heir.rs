@@ -34,6 +34,18 @@ impl History {
         Ok(Some(ImageMark { lineage, moment: self.host.random_id() }))
     }
 
+    /// The mark that an heir is to bear which is the image's own file, over other parents: the one that it bears, so that the
+    /// history knows it before the heir is named, too. `None` when it bears none, or tracking has stopped.
+    ///
+    /// # Errors
+    /// As [`History::mark_for_heir`].
+    pub async fn mark_for_same_file(&self) -> Result<Option<ImageMark>, DiskError> {
+        self.wake().await?;
+        let known = self.state.borrow();
+        let mark = ImageMark { lineage: known.superblock.lineage, moment: known.superblock.moment };
+        Ok((!self.is_stopped() && !mark.moment.is_none()).then_some(mark))
+    }
+
     /// Takes down which image is about to take the present one's place; durable on return. The heir's file is complete
     /// and its times are durable, nothing is written to it before the switch, and nothing to the image either.
     ///

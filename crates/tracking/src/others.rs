@@ -1,7 +1,8 @@
-//! Images below the top one are changed by ourselves, in ways that the guest does not see: layers are merged.
+//! The image, and those below it, are changed by ourselves in ways that the guest does not see: layers are merged.
 //!
-//! Whether somebody else has changed them is told from a digest of how they look ([`ImageFacts::others`](crate::ImageFacts)),
-//! so while they change none is expected.
+//! Whether somebody else has changed the lower ones is told from a digest of how they look
+//! ([`ImageFacts::others`](crate::ImageFacts)), so while they change none is expected. Of the image itself times and size say
+//! so, once it has been closed here; so before it is written to it counts as in use.
 //!
 //! Crash: whoever changes them is held to be us, until they rest and the next superblock says how they look.
 
@@ -11,6 +12,18 @@ use crate::superblock::State;
 use disk::{DiskError, ErrorKind, Operation};
 
 impl History {
+    /// From here on, and until the close, the image may be written to by ourselves without the writes coming through the
+    /// disk that keeps this history. Durable on return.
+    ///
+    /// # Errors
+    /// As [`History::others_change`]: it must not be written to then.
+    pub async fn image_changes(&self) -> Result<(), DiskError> {
+        if self.tending_ends.get() {
+            return Err(DiskError::new(ErrorKind::Closed, Operation::Write));
+        }
+        self.wake().await
+    }
+
     /// From here on, and until [`History::others_rest`] or the close, the other images do not count as a sign that somebody
     /// else was there. Durable on return.
     ///
@@ -18,10 +31,7 @@ impl History {
     /// `Closed` when the disk is being closed; when the image cannot be marked, or the sidecar neither be written nor given
     /// up. They must not be changed then.
     pub async fn others_change(&self) -> Result<(), DiskError> {
-        if self.tending_ends.get() {
-            return Err(DiskError::new(ErrorKind::Closed, Operation::Write));
-        }
-        self.wake().await?; // For closing it is what takes down how they look in the end.
+        self.image_changes().await?; // For closing it is what takes down how they look in the end.
         self.note_others(OTHERS_CHANGE).await
     }
 

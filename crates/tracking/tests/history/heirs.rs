@@ -431,3 +431,29 @@ fn images_below_may_change_until_they_rest() {
         assert_eq!(found(9).await, None);
     });
 }
+
+/// Of an image that was not written to in this session another size is a sign of somebody else, unless it was said before that
+/// we write to it.
+#[test]
+fn the_image_may_be_changed_once_that_was_said() {
+    const SIZE: u64 = 8 * GRANULE;
+    executor::run(1, async {
+        let (image, sidecar, host) = (MemoryStorage::new(SIZE), MemoryStorage::new(0), TestHost::new(1));
+        let options = CreateOptions { granule: GRANULE, size: SIZE };
+        History::create(sidecar.handle(), host.clone(), options).await.expect("no faults");
+        let grown_and_killed = async || {
+            let then = host.facts.get();
+            host.facts.set(ImageFacts { size: then.size + 1, ..then });
+            let after_a_kill = MemoryStorage::of(sidecar.snapshot());
+            let (_, distrust) = History::open(after_a_kill.handle(), host.clone()).await.expect("no faults");
+            host.facts.set(then);
+            distrust
+        };
+        let disk = tracked(image.handle(), sidecar.handle(), &host).await;
+        assert!(matches!(grown_and_killed().await, Some(Distrust::Size { .. })));
+        disk.history().image_changes().await.expect("no faults");
+        assert_eq!(grown_and_killed().await, None);
+        disk.close().await.expect("no faults");
+        assert_eq!(disk.history().image_changes().await.expect_err("too late").kind(), ErrorKind::Closed);
+    });
+}

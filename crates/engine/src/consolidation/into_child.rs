@@ -1,7 +1,8 @@
 //! Up: what the layer below the top holds comes into the top, which then stands on what is below that.
 //!
-//! Crash: what was brought up shows the same as what it was read from. Then one change of the top's header names the other
-//! parent; before it the layer is still there, after it nobody needs it.
+//! Crash: what was brought up shows the same as what it was read from. Then the top's link is taken out of its header, one
+//! change names the other parent, and the link to that is put in: before the change the layer is still there, after it nobody
+//! needs it; and in between the top is not bound, over a parent with which it shows the same.
 
 use super::plan::other_children;
 use super::spec::Merged;
@@ -12,7 +13,7 @@ use crate::snapshots::exchange::{Exchange, Exchanged};
 use crate::snapshots::{open_layer, parent_name};
 use crate::{EngineError, Format, chain_text};
 use chain::{CopyPass, LayerInfo};
-use disk::{ParentLink, StorageHandle};
+use disk::{LayerHandle, ParentLink, StorageHandle};
 use formats::qcow2::{self, BackingRef};
 use std::fs;
 use std::path::Path;
@@ -25,6 +26,9 @@ pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result
     let layers = stack.chain().layers();
     let (top, gone) = (layers[0].path.clone(), layers[1].path.clone());
     drop(layers);
+    if let Ok(kept) = stack.kept() {
+        kept.top_changes().await?;
+    }
     let infill = stack.chain().begin_infill(1..2).await?;
     let done = async {
         let mut moved = 0;
@@ -64,17 +68,18 @@ async fn switch(stack: &Rc<Stack>, infill: &Rc<chain::Infill>) -> Result<(), Eng
             // A fresh one, as the old one is closed. Of the parent's name in its header it keeps the old one in mind, which
             // only reports tell.
             let handle = open_layer(files[0].clone(), Format::from(layers[0].format), false).await?;
-            let marked = stack.mark_new_top(&handle).await?;
+            let marked = stack.mark_same_top(&handle).await?;
             let mut now = layers.to_vec();
             now.remove(1);
             now[0].handle = handle.clone();
             let mut new_files = files.clone();
             new_files.remove(1);
             let last = Box::pin(async move {
+                // Of the layer that goes: over another parent it would be a fault.
+                handle.set_parent_link(None).await?;
                 qcow2::rename_backing(&storage, backing.as_ref()).await?;
-                if !handle.set_parent_link(link).await? {
-                    tracing::debug!("the image cannot bear a link");
-                }
+                // From here on the layer below is not needed, and must not be missed by what the chain goes on with.
+                tell_link(&handle, link).await;
                 Ok(())
             });
             Ok(Exchange { layers: now, files: new_files, marked, last })
@@ -93,6 +98,15 @@ pub(super) async fn stand_on(
     Ok((Some(backing), Some(linkage::link_to_layer(layer, file).await?)))
 }
 
+/// Has a child record its link. One without it is not checked against its parent; that is told of, and no reason to fail.
+pub(super) async fn tell_link(child: &LayerHandle, link: Option<ParentLink>) {
+    match child.set_parent_link(link).await {
+        Ok(true) => {}
+        Ok(false) => tracing::debug!("the image cannot bear a link"),
+        Err(error) => tracing::warn!(error = chain_text(&error), "what the image records of its parent is old"),
+    }
+}
+
 /// The layer is not needed by this disk any more; it is removed unless others stand on it.
 pub(super) async fn leave(gone: &Path, top: &Path) {
     let left = async {
@@ -100,12 +114,21 @@ pub(super) async fn leave(gone: &Path, top: &Path) {
             linkage::forget_child(gone, top).await?;
             return Ok(());
         }
-        let file = gone.to_owned();
-        dataplane::offload(move || fs::remove_file(&file).map_err(|e| EngineError::file(file, "remove", e))).await?;
-        linkage::remove_of_replaced(gone.to_owned()).await;
-        Ok::<_, EngineError>(())
+        remove(gone).await
     };
     if let Err(error) = left.await {
         tracing::warn!(image = %gone.display(), error = chain_text(&error), "a layer that is not needed any more is left");
     }
+}
+
+/// Removes an image on which nothing stands, and what is known of it.
+pub(super) async fn remove(gone: &Path) -> Result<(), EngineError> {
+    let file = gone.to_owned();
+    // What is known of it is beside the image itself, which a link no longer leads to once it is gone.
+    let itself = dataplane::offload(move || {
+        let itself = file.canonicalize().unwrap_or_else(|_| file.clone());
+        fs::remove_file(&file).map_err(|e| EngineError::file(file, "remove", e)).map(|()| itself)
+    });
+    linkage::remove_of_replaced(itself.await?).await;
+    Ok(())
 }

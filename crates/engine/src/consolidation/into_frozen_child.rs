@@ -5,7 +5,7 @@
 //!
 //! Crash: as of the top (`into_child.rs`).
 
-use super::into_child::{leave, stand_on};
+use super::into_child::{leave, stand_on, tell_link};
 use super::into_parent::rest;
 use super::reopened::Reopened;
 use super::spec::Merged;
@@ -19,7 +19,6 @@ use disk::StorageHandle;
 use formats::qcow2;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use storage::lock::Demand;
 
 /// Brings the layer below the one at `upper` up into it.
 pub(super) async fn merge(stack: &Rc<Stack>, upper: usize, control: &Rc<JobControl>) -> Result<Merged, EngineError> {
@@ -53,9 +52,7 @@ pub(super) async fn merge(stack: &Rc<Stack>, upper: usize, control: &Rc<JobContr
             return Err(error);
         }
     };
-    if let Err(error) = reopened.file.relock(Demand::READER) {
-        tracing::warn!(%error, "a frozen layer stays locked as if it were written to; clones have to wait");
-    }
+    reopened.rest();
     rest(stack).await;
     leave(&gone, &child.path).await;
     Ok(Merged { removed: Some(gone), moved, mirrored: 0, pause })
@@ -77,10 +74,11 @@ async fn switch(
             let (backing, link) = stand_on(&layers[upper], layers.get(upper + 2).zip(files.get(upper + 2))).await?;
             let frozen = reopened.file.renamed_for_reading(&reopened.path.display().to_string())?;
             let storage = StorageHandle::new(reopened.file.clone());
-            qcow2::rename_backing(&storage, backing.as_ref()).await?;
-            // From here on the layer below is not needed; what follows is told of, and no reason to keep it.
             let written = open_layer(reopened.file.clone(), reopened.format, false).await?;
-            written.set_parent_link(link).await?;
+            written.set_parent_link(None).await?;
+            qcow2::rename_backing(&storage, backing.as_ref()).await?;
+            // The layer below is not needed any more.
+            tell_link(&written, link).await;
             written.close().await?;
             let handle = open_layer(frozen.clone(), reopened.format, true).await?;
             let mut now = layers.to_vec();

@@ -22,7 +22,6 @@ use disk::{Disk, DiskHandle, Preallocation};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use storage::lock::Demand;
 
 /// Merges the layer at `upper` into the one below it.
 pub(super) async fn merge(
@@ -157,11 +156,24 @@ async fn switch_top(
             let files = stack.files()[1..].to_vec();
             // The handle goes on; in messages its file has its old name until the disk is opened again.
             now[0].path.clone_from(&to);
-            let (from, to, format) = (from.clone(), to.clone(), parent.format);
-            let last = Box::pin(dataplane::offload(move || match keeps_name {
-                true => replace_file(&from, &to),
-                false => enter(&to, format, history),
-            }));
+            let (from, to, top, format) = (from.clone(), to.clone(), layer.path.clone(), parent.format);
+            let last = Box::pin(async move {
+                if keeps_name {
+                    return dataplane::offload(move || replace_file(&from, &to)).await;
+                }
+                // An image on which another one stands is not written to. While the top is the disk it is noted anew when
+                // that is opened.
+                linkage::forget_child(&to, &top).await?;
+                let entered = dataplane::offload({
+                    let to = to.clone();
+                    move || enter(&to, format, history)
+                });
+                if let Err(error) = entered.await {
+                    linkage::register_child(&to, &top).await?;
+                    return Err(error);
+                }
+                Ok(())
+            });
             Ok(Exchange { layers: now, files, marked, last })
         })
         .await?;
@@ -230,7 +242,7 @@ async fn merge_frozen(
         })
         .await?;
     let pause = began.elapsed();
-    parent.file.relock(Demand::READER)?;
+    parent.rest();
     stack.set_files(files);
     if let Err(error) = linkage::took_place(&parent.path, &layer.path, grandparent(stack, upper + 1).as_deref()).await {
         tracing::warn!(image = %layer.path.display(), error = chain_text(&error), "what is noted beside the image is old");

@@ -4,7 +4,7 @@ use super::{ConsolidateReport, ConsolidateSpec, Consolidation};
 use crate::history::HistorySource;
 use crate::images::stack::Stack;
 use crate::images::{Progress, Workshop, closing};
-use crate::promotion::take_history_along;
+use crate::promotion::{note_at, take_history_along};
 use crate::{EngineError, JobHandle};
 use std::rc::Rc;
 
@@ -23,7 +23,7 @@ impl Workshop {
         self.run(move || async move {
             let stack = Stack::open_at_rest(&source).await?;
             let job = JobHandle::of_no_job(progress);
-            let consolidation = Consolidation { spec, job, enter: Box::new(|_, _, _| Ok(())) };
+            let consolidation = Consolidation { spec, job, enter: note_at(source.file.clone()) };
             let done = closing(&stack, consolidation.run(Rc::clone(&stack)).await).await?;
             if source.history.file.is_none() {
                 take_history_along(source.file, done.file.clone()).await;

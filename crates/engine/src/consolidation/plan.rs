@@ -2,14 +2,16 @@
 
 use super::spec::Merged;
 use super::{ConsolidateReport, ConsolidateSpec, Neighbour};
-use crate::images::gate::FileId;
+use crate::images::gate::{FileGate, FileId};
 use crate::images::stack::Stack;
 use crate::linkage;
 use crate::promotion::{Enter, JobControl};
+use crate::snapshots::place::Place;
 use crate::snapshots::rearranging::Rearranging;
 use crate::{EngineError, Format, JobHandle};
-use chain::LayerInfo;
+use chain::{Access, LayerInfo, OpenGate};
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -19,6 +21,14 @@ pub(crate) struct Consolidation {
     pub(crate) job: JobHandle,
     /// Makes another image known as the disk's, where its name changes.
     pub(crate) enter: Enter,
+}
+
+/// What is to be done.
+enum Choice {
+    /// Two neighbours become one.
+    Merge(Pair),
+    /// The disk does not stand on it: a revert has left it, or its deletion was cut off at the end. Nothing is to be merged.
+    Remove(PathBuf),
 }
 
 /// Two neighbours that become one.
@@ -45,10 +55,22 @@ impl Consolidation {
         if let Some(noted) = noted
             && !stack.chain().layers().iter().skip(1).any(|layer| layer.path == noted)
         {
+            if let Some(name) = &spec.snapshot
+                && is_left(&stack, &noted, name).await
+            {
+                super::into_child::leave(&noted, &stack.image()).await;
+            }
             let into = spec.into.unwrap_or(Neighbour::Parent);
             return Ok(Merged::ALREADY.report(spec, into, stack.image()));
         }
-        let pair = choose(&stack, &spec).await?;
+        let pair = match choose(&stack, &spec).await? {
+            Choice::Merge(pair) => pair,
+            Choice::Remove(file) => {
+                remove_left(&file).await?;
+                let into = spec.into.unwrap_or(Neighbour::Parent);
+                return Ok(Merged { removed: Some(file), ..Merged::ALREADY }.report(spec, into, stack.image()));
+            }
+        };
         let lower = stack.chain().layers()[pair.upper + 1].path.clone();
         job.save_position(serde_json::json!(lower)).await?;
         let control = JobControl::new(job.progress().clone(), Rc::clone(stack.chain()));
@@ -63,7 +85,7 @@ impl Consolidation {
 }
 
 /// The layer of that snapshot is merged with the one above it: what that one holds goes down, or what it holds itself comes up.
-async fn choose(stack: &Rc<Stack>, spec: &ConsolidateSpec) -> Result<Pair, EngineError> {
+async fn choose(stack: &Rc<Stack>, spec: &ConsolidateSpec) -> Result<Choice, EngineError> {
     let layers = stack.chain().layers();
     let refused = |why: String| Err(EngineError::Unsupported(format!("{}: {why}", stack.image().display())));
     if stack.disk().geometry().read_only {
@@ -79,28 +101,57 @@ async fn choose(stack: &Rc<Stack>, spec: &ConsolidateSpec) -> Result<Pair, Engin
             return refused("has no parent to be committed into".to_owned());
         }
         let pair = Pair { upper: 0, into: Neighbour::Parent };
-        return checked(&layers, pair).await;
+        return checked(&layers, pair).await.map(Choice::Merge);
     };
     let snapshots = stack.snapshots(&spec.disk).await?;
-    let snapshot = crate::snapshots::named(snapshots, &spec.disk, name)?;
-    let is_it = |layer: &LayerInfo| layer.path.canonicalize().is_ok_and(|path| path == snapshot.file);
+    let file = match crate::snapshots::named(snapshots, &spec.disk, name) {
+        Ok(snapshot) => snapshot.file,
+        Err(unknown) => {
+            // The lowest layer stands on nothing that would tell of it.
+            let usual = Place::of(&stack.image(), stack.format(), name).frozen;
+            return if is_left(stack, &usual, name).await { Ok(Choice::Remove(usual)) } else { Err(unknown) };
+        }
+    };
+    let is_it = |layer: &LayerInfo| layer.path.canonicalize().is_ok_and(|path| path == file);
     let Some(place) = layers.iter().position(is_it) else {
-        return refused(format!(
-            "its content does not stand on snapshot {name:?}, which a revert has left; go back to it, or remove {} by hand",
-            snapshot.file.display()
-        ));
+        return match is_left(stack, &file, name).await {
+            true => Ok(Choice::Remove(file)),
+            false => refused(format!("{} is one of its layers under another name", file.display())),
+        };
     };
     let upper = place - 1;
     if let Some(into) = spec.into {
-        return checked(&layers, Pair { upper, into }).await;
+        return checked(&layers, Pair { upper, into }).await.map(Choice::Merge);
     }
     let (above, below) = (bytes_of(&layers[upper]).await, bytes_of(&layers[place]).await);
     let cheaper = if above <= below { Neighbour::Parent } else { Neighbour::Child };
     let other = if cheaper == Neighbour::Parent { Neighbour::Child } else { Neighbour::Parent };
-    match checked(&layers, Pair { upper, into: cheaper }).await {
+    let pair = match checked(&layers, Pair { upper, into: cheaper }).await {
         Ok(pair) => Ok(pair),
         Err(first) => checked(&layers, Pair { upper, into: other }).await.map_err(|_| first),
+    };
+    pair.map(Choice::Merge)
+}
+
+/// Whether a file is known as the snapshot of that name, and is none of the disk's layers.
+async fn is_left(stack: &Stack, file: &Path, name: &str) -> bool {
+    let known = linkage::read(file).await.map(|read| read.or_nothing().snapshot);
+    if !known.is_ok_and(|snapshot| snapshot.is_some_and(|snapshot| snapshot.name == name)) {
+        return false;
     }
+    let (files, file) = (stack.files(), file.to_owned());
+    dataplane::offload(move || {
+        let Ok(id) = fs::metadata(file).map(|facts| FileId::of(&facts)) else { return false };
+        !files.iter().any(|open| open.file().metadata().is_ok_and(|facts| FileId::of(&facts) == id))
+    })
+    .await
+}
+
+/// Removes a snapshot that nothing stands on and nobody reads.
+async fn remove_left(file: &Path) -> Result<(), EngineError> {
+    let _lock = FileGate::cached().open_storage(file, Access::ReadWrite).await?;
+    linkage::refuse_parent(file).await?;
+    super::into_child::remove(file).await
 }
 
 /// Refuses what would change an image that others stand on.
@@ -114,6 +165,13 @@ async fn checked(layers: &[LayerInfo], pair: Pair) -> Result<Pair, EngineError> 
     }
     if pair.into == Neighbour::Parent {
         refuse_others(lower, upper).await?;
+        if pair.upper > 0 && is_block_device(lower).await {
+            return Err(EngineError::Unsupported(format!(
+                "{}: is a block device, which cannot have the name of {}; merge that one into its child, or commit the disk",
+                lower.display(),
+                upper.display()
+            )));
+        }
         let (format, below) = (layers[pair.upper].format, layers[pair.upper + 1].format);
         if pair.upper > 0 && format != below {
             return Err(EngineError::Unsupported(format!(
@@ -125,6 +183,11 @@ async fn checked(layers: &[LayerInfo], pair: Pair) -> Result<Pair, EngineError> 
         }
     }
     Ok(pair)
+}
+
+async fn is_block_device(file: &Path) -> bool {
+    let file = file.to_owned();
+    dataplane::offload(move || fs::metadata(file).is_ok_and(|facts| facts.file_type().is_block_device())).await
 }
 
 /// Refuses when other images than `child` stand on `parent`.

@@ -37,6 +37,8 @@ impl Reopened {
         let (opened, old) = (path.clone(), old_file.clone());
         let file = dataplane::offload(move || {
             let file = FileStorage::open(&opened, &FileGate::unlocked(direct))?;
+            // Readers do not exclude each other, so at no moment is it without a lock.
+            file.relock(Demand::READER)?;
             old.relock(Demand::NOTHING)?;
             if let Err(error) = file.relock(Demand::WRITER) {
                 old.relock(Demand::READER)?;
@@ -47,7 +49,7 @@ impl Reopened {
         .await?;
         let this = Self { path, format, file, old_file };
         this.put(stack, &this.file, false).await.inspect_err(|_| {
-            let _back = this.file.relock(Demand::NOTHING).and_then(|()| this.old_file.relock(Demand::READER));
+            let _back = this.give_lock_back();
         })?;
         Ok(this)
     }
@@ -72,13 +74,25 @@ impl Reopened {
         Ok(())
     }
 
+    /// The old file has its lock again, and the new one none.
+    fn give_lock_back(&self) -> disk::Result<()> {
+        self.file.relock(Demand::READER)?;
+        self.old_file.relock(Demand::READER)?;
+        self.file.relock(Demand::NOTHING)
+    }
+
+    /// Nobody writes to it any more, whatever becomes of this.
+    pub(super) fn rest(&self) {
+        if let Err(error) = self.file.relock(Demand::READER) {
+            tracing::warn!(%error, "a frozen layer stays locked as if it were written to; clones have to wait");
+        }
+    }
+
     /// Takes it back; the file is as it is.
     pub(super) async fn for_reading(&self, stack: &Stack) {
         let back = async {
             self.put(stack, &self.old_file, true).await?;
-            self.file.relock(Demand::NOTHING)?;
-            self.old_file.relock(Demand::READER)?;
-            Ok::<_, EngineError>(())
+            Ok::<_, EngineError>(self.give_lock_back()?)
         };
         if let Err(error) = back.await {
             tracing::warn!(image = %self.path.display(), error = chain_text(&error), "stays open for writing");

@@ -44,10 +44,15 @@ impl Kept {
     /// # Errors
     /// When an image cannot be marked: the switch must not be made.
     pub(crate) async fn prepare_switch(&self, new_top: &LayerHandle) -> Result<PreparedTop, EngineError> {
-        let Some(mark) = self.history().mark_for_heir().await? else { return Ok(PreparedTop { mark: None }) };
-        let borne = HistoryMark { lineage: mark.lineage.0, moment: mark.moment.0 };
-        let marked = new_top.set_history_mark(Some(borne)).await?;
-        Ok(PreparedTop { mark: marked.then_some(mark) })
+        prepare(self.history().mark_for_heir().await?, new_top).await
+    }
+
+    /// The same for the present top's own file, which was opened again and gets other parents: it goes on with its mark.
+    ///
+    /// # Errors
+    /// As [`Kept::prepare_switch`].
+    pub(crate) async fn prepare_same_file(&self, new_top: &LayerHandle) -> Result<PreparedTop, EngineError> {
+        prepare(self.history().mark_for_same_file().await?, new_top).await
     }
 
     /// What is due right before the switch, while the disk stands still ([`tracking::Tracked::hold_still`],
@@ -108,6 +113,15 @@ impl Kept {
         self.host.set_files(files);
     }
 
+    /// The top is about to be written to by ourselves, in ways that the guest does not see: from here on, and until the
+    /// close, how it looks does not count as a sign that somebody else was there. Durable on return.
+    ///
+    /// # Errors
+    /// As [`tracking::History::image_changes`]: it must not be written to.
+    pub(crate) async fn top_changes(&self) -> Result<(), EngineError> {
+        Ok(self.history().image_changes().await?)
+    }
+
     /// Images below the top are about to be changed by ourselves, in ways that the guest does not see: from here on, and
     /// until [`Kept::lower_images_rest`], they do not count as a sign that somebody else was there. Durable on return.
     ///
@@ -126,6 +140,13 @@ impl Kept {
         let others = dataplane::offload(move || look_at_others(files.get(1..).unwrap_or_default())).await?;
         Ok(self.history().others_rest(others).await?)
     }
+}
+
+async fn prepare(mark: Option<ImageMark>, new_top: &LayerHandle) -> Result<PreparedTop, EngineError> {
+    let Some(mark) = mark else { return Ok(PreparedTop { mark: None }) };
+    let borne = HistoryMark { lineage: mark.lineage.0, moment: mark.moment.0 };
+    let marked = new_top.set_history_mark(Some(borne)).await?;
+    Ok(PreparedTop { mark: marked.then_some(mark) })
 }
 
 /// Makes the times of the new top durable, and those of the old one if it stays among the files: the facts speak of them,

@@ -74,8 +74,9 @@ pub(crate) async fn create_watched(spec: &CreateSpec, progress: &Progress) -> Re
             if image.made.is_none() {
                 history::forget_parked(spec.file.clone()).await;
                 remove_history_of_replaced(&spec.file).await;
-                linkage::remove_of_replaced(spec.file.clone()).await;
             }
+            // Of one that was removed by hand, too: what it was, and what stood on it, is not true of this one.
+            linkage::remove_of_replaced(spec.file.clone()).await;
             Ok(created)
         }
         Err(error) => {

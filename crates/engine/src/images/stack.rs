@@ -243,6 +243,10 @@ async fn verify(request: &OpenRequest, chain: &Chain, files: &[FileStorage]) -> 
     if request.linkage == LinkageUse::Ignored {
         return Ok(());
     }
+    if request.writable {
+        // Once more, as from here on the lock keeps others from making a child.
+        linkage::refuse_parent(&request.image.file).await?;
+    }
     // Beside a writer times may be any.
     let checked = linkage::verify_stack(chain, files, !request.force_share, false).await?;
     match linkage::refuse_faults(&checked) {

@@ -1,8 +1,7 @@
 //! Binding children to their parents.
 
-use super::fault::judge;
 use super::fingerprint::Fingerprint;
-use super::merging::is_excused;
+use super::merging::fault_of;
 use super::report::{ChainReport, LinkReport, LinkState};
 use super::restamp::set_link;
 use super::show::report_of_stack;
@@ -97,9 +96,7 @@ pub(crate) async fn link_report(file: &Path, header: &Header, force_share: bool)
     let Some(link) = header.identity().link else { return Some(report) };
     let format = backing.format.as_deref()?.parse().ok()?;
     let found = Probed::look(&parent, format, true).await.ok()?;
-    if let Some(kind) = judge(&link, &found.identity, &found.print, !force_share)
-        && !is_excused(&parent, file, &link, &found.identity, &found.print).await
-    {
+    if let Some(kind) = fault_of(&parent, file, &link, &found.identity, &found.print, !force_share).await {
         let fault = LinkFault {
             child: file.to_owned(),
             parent,
@@ -158,6 +155,9 @@ async fn bind(at_rest: &AtRest, which: impl Fn(usize, &Checked) -> bool) -> Resu
         }
         let (parent, format) = &at_rest.files[n + 1];
         let found = Probed::look(parent, *format, false).await?;
+        if !changed && (found.identity, found.print) != (pair.found, pair.print) {
+            return Err(EngineError::Invalid(format!("{}: was changed meanwhile; begin again", parent.display())));
+        }
         found.print.let_time_pass().await;
         let link = link_to(&found.identity, &found.print);
         let above = n.checked_sub(1).map(|above| at_rest.files[above].0.clone());

@@ -8,6 +8,7 @@ use chain::{Access, OpenGate};
 use disk::ErrorKind;
 use formats::qcow2::{BackingRef, Header};
 use std::fs;
+use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +29,8 @@ pub(super) fn kept_name(parent: &Path, child: &Path) -> PathBuf {
     child.strip_prefix(directory).map_or_else(|_| child.clone(), Path::to_owned)
 }
 
-fn directory_of(image: &Path) -> PathBuf {
+/// The directory of an image, from the root.
+pub(super) fn directory_of(image: &Path) -> PathBuf {
     rooted(image).parent().unwrap_or(Path::new("/")).to_owned()
 }
 
@@ -97,12 +99,13 @@ async fn look_at(parent: &FileId, child: &Path) -> ChildState {
     let named = match Header::read(&storage).await {
         Ok(Header { backing: Some(BackingRef { name, .. }), .. }) => seen_from(child, &name),
         Ok(_) => return ChildState::NamesAnother,
-        Err(error) if error.kind() == ErrorKind::Io => return ChildState::Unreadable,
-        Err(_) => return ChildState::NamesAnother, // No image any more, or none with a parent.
+        Err(error) if error.kind() == ErrorKind::Corrupt => return ChildState::NamesAnother, // No image any more.
+        Err(_) => return ChildState::Unreadable,
     };
     let named = dataplane::offload(move || fs::metadata(named)).await;
     match named {
         Ok(facts) if FileId::of(&facts) == *parent => ChildState::There,
+        Err(error) if error.kind() != io::ErrorKind::NotFound => ChildState::Unreadable,
         _ => ChildState::NamesAnother,
     }
 }

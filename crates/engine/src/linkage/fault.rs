@@ -62,7 +62,7 @@ pub(crate) fn judge(link: &ParentLink, found: &LayerIdentity, print: &Fingerprin
         _ if !times => None,
         _ if print.size > link.size => Some(FaultKind::Grown),
         _ if print.size < link.size => Some(FaultKind::Truncated),
-        _ if print.same_time(link) => None,
+        _ if print.same_time(link.modified) => None,
         _ if earlier => Some(FaultKind::Older),
         _ => Some(FaultKind::Modified),
     };

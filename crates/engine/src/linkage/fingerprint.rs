@@ -1,6 +1,6 @@
 //! What tells that a file was changed, whatever it holds.
 
-use disk::{DiskError, Operation, ParentLink, Result};
+use disk::{DiskError, Operation, Result};
 use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -55,9 +55,9 @@ impl Fingerprint {
         }
     }
 
-    /// Whether the time is that of the link. Some ways of copying keep whole seconds alone.
-    pub(crate) fn same_time(&self, link: &ParentLink) -> bool {
-        let (found, recorded) = (self.modified, link.modified);
+    /// Whether the time is the recorded one, in nanoseconds since 1970. Some ways of copying keep whole seconds alone.
+    pub(crate) fn same_time(&self, recorded: i64) -> bool {
+        let found = self.modified;
         found == 0
             || recorded == 0
             || found == recorded
@@ -77,13 +77,12 @@ mod tests {
 
     #[test]
     fn times() {
-        let link = |modified| ParentLink { parent: None, second: None, size: 0, modified, linked: 0 };
         let found = |modified| Fingerprint { size: 0, modified };
-        assert!(found(5 * SECOND + 7).same_time(&link(5 * SECOND + 7)));
-        assert!(found(5 * SECOND).same_time(&link(5 * SECOND + 7)), "scp -p");
-        assert!(!found(5 * SECOND + 7).same_time(&link(5 * SECOND)), "the copy is what lacks them");
-        assert!(!found(6 * SECOND).same_time(&link(5 * SECOND + 7)));
-        assert!(!found(5 * SECOND + 8).same_time(&link(5 * SECOND + 7)));
-        assert!(found(0).same_time(&link(7)) && found(7).same_time(&link(0)), "block devices have none");
+        assert!(found(5 * SECOND + 7).same_time(5 * SECOND + 7));
+        assert!(found(5 * SECOND).same_time(5 * SECOND + 7), "scp -p");
+        assert!(!found(5 * SECOND + 7).same_time(5 * SECOND), "the copy is what lacks them");
+        assert!(!found(6 * SECOND).same_time(5 * SECOND + 7));
+        assert!(!found(5 * SECOND + 8).same_time(5 * SECOND + 7));
+        assert!(found(0).same_time(7) && found(7).same_time(0), "block devices have none");
     }
 }

@@ -1,10 +1,11 @@
 //! The file beside an image that says what its header cannot: which images were made over it, and what it is.
 //!
-//! `IMAGE.identity` is JSON, replaced as a whole (`durable_file`): after a crash it is the old or the new one. Who changes it
+//! `IMAGE.identity` is beside the image itself: links that lead to the image are followed. It is JSON, replaced as a whole (`durable_file`): after a crash it is the old or the new one. Who changes it
 //! holds a lock on its directory meanwhile, so that of two changes none is lost. It says what is known and decides
 //! nothing alone: a child that it names counts only if that file still names the image as its parent. A damaged one is
 //! told of and is no reason not to read the image.
 
+use super::children::real;
 use super::fingerprint::now;
 use super::merging::{Absorbing, SameAs};
 use crate::{EngineError, durable_file};
@@ -158,17 +159,18 @@ pub fn identity_file_of(image: &Path) -> PathBuf {
     image.with_file_name(name)
 }
 
-/// What is known of the image. Blocks.
+/// What is known of the image. Blocks, but not for what is no regular file.
 ///
 /// # Errors
 /// When the file is there and cannot be opened or read.
 pub(crate) fn read_blocking(image: &Path) -> Result<IdentityRead, EngineError> {
-    let file = identity_file_of(image);
+    let file = identity_file_of(&real(image));
     let failed = |e| EngineError::file(&file, "read what is known of the image", e);
-    let opened = match File::open(&file) {
-        Ok(opened) => opened,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(IdentityRead::Missing),
-        Err(e) => return Err(failed(e)),
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let opened = match open(&file, flags, Mode::empty()) {
+        Ok(opened) => File::from(opened),
+        Err(rustix::io::Errno::NOENT) => return Ok(IdentityRead::Missing),
+        Err(e) => return Err(failed(e.into())),
     };
     if !opened.metadata().map_err(failed)?.is_file() {
         return Ok(IdentityRead::Damaged("it is no regular file".to_owned()));
@@ -216,10 +218,11 @@ fn lock_directory_of(image: &Path) -> io::Result<File> {
 /// Changes what is known of the image; a file that says nothing any more is removed. A damaged one is put aside first, as
 /// it may say something to somebody. Blocks.
 pub(crate) fn change_blocking(image: &Path, change: impl FnOnce(&mut IdentityFile)) -> Result<(), EngineError> {
-    let file = identity_file_of(image);
+    let image = real(image);
+    let file = identity_file_of(&image);
     let failed = |e| EngineError::file(&file, "write what is known of the image", e);
-    let _lock = lock_directory_of(image).map_err(failed)?;
-    let old = match read_blocking(image)? {
+    let _lock = lock_directory_of(&image).map_err(failed)?;
+    let old = match read_blocking(&image)? {
         IdentityRead::Missing => IdentityFile::default(),
         IdentityRead::There(old) => *old,
         IdentityRead::Damaged(reason) => {
@@ -272,11 +275,14 @@ pub async fn set_moved_to(image: &Path, place: Option<PathBuf>) -> Result<(), En
 /// Removes what is known of an image that is no more, as another one took its place.
 pub(crate) async fn remove_of_replaced(image: PathBuf) {
     let removed = dataplane::offload(move || {
+        let image = real(&image);
         let file = identity_file_of(&image);
-        match matches!(read_blocking(&image), Ok(IdentityRead::There(_))) {
-            true => fs::remove_file(&file).map_err(|e| (file, e)),
-            false => Ok(()), // None, or nothing of ours.
-        }
+        // Of two changes at a time none writes an old file back.
+        let removed = lock_directory_of(&image).and_then(|_lock| match read_blocking(&image) {
+            Ok(IdentityRead::There(_)) => fs::remove_file(&file),
+            _ => Ok(()), // None, or nothing of ours.
+        });
+        removed.map_err(|e| (file, e))
     });
     if let Err((file, error)) = removed.await {
         tracing::warn!(file = %file.display(), %error, "what was known of the replaced image is left");
@@ -335,6 +341,27 @@ mod tests {
         let names: Vec<_> = fs::read_dir(place.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
         assert!(names.iter().any(|name| name.to_string_lossy().contains(".identity.damaged-")), "{names:?}");
         assert!(matches!(read_blocking(&image).expect("read"), IdentityRead::There(_)));
+    }
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let place = tempfile::tempdir().expect("a directory");
+        let image = place.path().join("base.qcow2");
+        let made = std::process::Command::new("mkfifo").arg(identity_file_of(&image)).status();
+        assert!(made.expect("mkfifo").success());
+        assert!(matches!(read_blocking(&image).expect("told of"), IdentityRead::Damaged(_)));
+    }
+
+    #[test]
+    fn links_lead_to_what_is_known_of_the_image_itself() {
+        let place = tempfile::tempdir().expect("a directory");
+        let (image, link) = (place.path().join("images/base.qcow2"), place.path().join("link.qcow2"));
+        fs::create_dir(place.path().join("images")).expect("a directory");
+        fs::write(&image, b"").expect("file");
+        std::os::unix::fs::symlink("images/base.qcow2", &link).expect("link");
+        change_blocking(&link, |known| known.moved_to = Some("/x".into())).expect("write");
+        assert_eq!(read_blocking(&link).expect("read"), read_blocking(&image).expect("read"));
+        assert!(identity_file_of(&image).exists() && !identity_file_of(&link).exists());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! were bound to. Both are noted beside the image, so that no frozen child has to be written to.
 
 use super::children::{self, kept_name};
+use super::fault::{FaultKind, judge};
 use super::fingerprint::{Fingerprint, modified};
 use super::identity_file::{self, IdentityRead, identity_file_of};
 use super::verify::link_to;
@@ -15,6 +16,7 @@ use disk::{ContentId, LayerIdentity, ParentLink};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use storage::FileStorage;
 
@@ -37,13 +39,18 @@ impl KnownContent {
         Ok(Self { content: content.map(|id| id.to_string()), size: facts.len(), modified: modified(&facts) })
     }
 
-    fn is(&self, content: Option<ContentId>, size: u64, modified: i64) -> bool {
-        let id = self.content.as_deref().and_then(ContentId::parse);
-        id == content && self.size == size && self.modified == modified
+    fn id(&self) -> Option<ContentId> {
+        self.content.as_deref().and_then(ContentId::parse)
     }
 
+    /// Whether this is what is found.
+    fn is(&self, content: Option<ContentId>, print: &Fingerprint) -> bool {
+        self.id() == content && self.size == print.size && print.same_time(self.modified)
+    }
+
+    /// Whether a child was bound to this.
     fn is_bound(&self, link: &ParentLink) -> bool {
-        self.is(link.parent, link.size, link.modified)
+        self.id() == link.parent && self.size == link.size && self.modified == link.modified
     }
 }
 
@@ -68,28 +75,55 @@ pub struct SameAs {
     pub own: KnownContent,
 }
 
-/// Whether a fault is none: the parent is taking up this very child, or stands in the place of what it was bound to.
-pub(super) async fn is_excused(
+/// Judges a parent that was found against what its child remembers, and what is noted of it; `None` when it is sound.
+/// `times`: as for [`judge`].
+pub(super) async fn fault_of(
     parent: &Path,
     child: &Path,
     link: &ParentLink,
     found: &LayerIdentity,
     print: &Fingerprint,
+    times: bool,
+) -> Option<FaultKind> {
+    let kind = judge(link, found, print, times)?;
+    let (parent, child) = (parent.to_owned(), child.to_owned());
+    let (link, found, print) = (*link, *found, *print);
+    let excused = dataplane::offload(move || is_excused(&parent, &child, kind, &link, &found, &print)).await;
+    (!excused).then_some(kind)
+}
+
+/// Whether a fault is none: the parent is taking up this very child, or stands in the place of what it was bound to.
+fn is_excused(
+    parent: &Path,
+    child: &Path,
+    kind: FaultKind,
+    link: &ParentLink,
+    found: &LayerIdentity,
+    print: &Fingerprint,
 ) -> bool {
-    let Ok(IdentityRead::There(known)) = identity_file::read(parent).await else { return false };
-    let stands_for =
-        |same: &SameAs| same.bound.is_bound(link) && same.own.is(found.content, print.size, print.modified);
+    let Ok(IdentityRead::There(known)) = identity_file::read_blocking(parent) else { return false };
+    let stands_for = |same: &SameAs| same.bound.is_bound(link) && same.own.is(found.content, print);
     if known.same_as.iter().any(stands_for) {
         return true;
     }
     let Some(absorbing) = &known.absorbing else { return false };
+    let is_ours = match kind {
+        FaultKind::WrittenByHighwater | FaultKind::Grown | FaultKind::Truncated | FaultKind::Modified => true,
+        // What is written for a merge leaves none of these.
+        FaultKind::OpenedForWriting
+        | FaultKind::OtherImage
+        | FaultKind::IdentityGone
+        | FaultKind::Older
+        | FaultKind::OtherContent => false,
+    };
     let is_child = |named: &PathBuf| {
-        children::real(&children::seen_from(parent, &named.to_string_lossy())) == children::real(child)
+        let beside = children::directory_of(&children::real(parent));
+        children::real(&beside.join(named)) == children::real(child)
     };
     let same_child = absorbing.child.as_ref().is_none_or(is_child);
     let before = absorbing.before.is_bound(link)
         || known.same_as.iter().any(|same| same.bound.is_bound(link) && same.own == absorbing.before);
-    same_child && before
+    is_ours && same_child && before
 }
 
 /// Notes, durably, that an image is about to take up what `child` holds, or what its own parent holds.
@@ -100,7 +134,19 @@ pub(crate) async fn note_absorbing(image: &LayerInfo, child: Option<&LayerInfo>)
     let (image, child) = (image.path.clone(), child.map(|child| child.path.clone()));
     dataplane::offload(move || {
         let image = children::real(&image);
-        let before = KnownContent::of(content, &image).map_err(|e| EngineError::file(&image, "look at", e))?;
+        let failed = |e| EngineError::file(&image, "look at", e);
+        let before = KnownContent::of(content, &image).map_err(failed)?;
+        if fs::metadata(&image).map_err(failed)?.file_type().is_block_device() {
+            // There is no place beside it. Of a raw one nothing but its size is known, which stays.
+            return match content {
+                None => Ok(()),
+                Some(_) => Err(EngineError::Unsupported(format!(
+                    "{}: is a block device with an image that bears an identity, and what is merged into it could not be \
+                     noted; promote the disk to another image instead",
+                    image.display()
+                ))),
+            };
+        }
         let child = child.map(|child| kept_name(&image, &child));
         identity_file::change_blocking(&image, |known| {
             // What was cut off goes on: the content before is that of its beginning, to which children are bound.
@@ -134,14 +180,13 @@ pub(crate) async fn absorbed_top(
     renamed: bool,
 ) -> Result<(), EngineError> {
     if !renamed {
-        let moved = parent.to_owned();
-        forget_child(parent, top).await?;
-        identity_file::change(parent, |known| {
+        // Before its excuse goes: whoever looks at it is to find where the disk is.
+        identity_file::set_moved_to(top, Some(parent.to_owned())).await?;
+        return identity_file::change(parent, |known| {
             known.absorbing = None;
             known.snapshot = None;
         })
-        .await?;
-        return identity_file::set_moved_to(top, Some(moved)).await;
+        .await;
     }
     renamed_image(parent, top, grandparent).await
 }
@@ -198,6 +243,8 @@ pub(crate) async fn shows_the_same(image: &LayerInfo, before: KnownContent) -> R
 
 /// The parent has taken the place of `layer`.
 pub(crate) async fn took_place(parent: &Path, layer: &Path, grandparent: Option<&Path>) -> Result<(), EngineError> {
+    // Of the layer that is gone; what it stood for is among the images in whose place this one stands.
+    identity_file::change(layer, |known| known.absorbing = None).await?;
     renamed_image(parent, layer, grandparent).await
 }
 
@@ -237,11 +284,15 @@ mod tests {
     }
 
     fn excused(directory: &Path, child: &str, link: (u8, u64), found: (u8, u64)) -> bool {
+        excused_of(FaultKind::WrittenByHighwater, directory, child, link, found)
+    }
+
+    fn excused_of(kind: FaultKind, directory: &Path, child: &str, link: (u8, u64), found: (u8, u64)) -> bool {
         let link = ParentLink { parent: id(link.0), second: None, size: link.1, modified: 5, linked: 0 };
         let found_id = LayerIdentity { content: id(found.0), ..LayerIdentity::default() };
         let print = Fingerprint { size: found.1, modified: 5 };
         let (parent, child) = (directory.join("p.qcow2"), directory.join(child));
-        block_on(Backend::Threads, async move { is_excused(&parent, &child, &link, &found_id, &print).await }).unwrap()
+        is_excused(&parent, &child, kind, &link, &found_id, &print)
     }
 
     #[test]
@@ -259,10 +310,25 @@ mod tests {
         })
         .unwrap();
         assert!(excused(directory, "c.qcow2", (1, 10), (2, 20)), "it is being merged");
+        for kind in [FaultKind::OtherImage, FaultKind::IdentityGone, FaultKind::OpenedForWriting, FaultKind::Older] {
+            assert!(!excused_of(kind, directory, "c.qcow2", (1, 10), (2, 20)), "no merge leaves that");
+        }
         assert!(!excused(directory, "c.qcow2", (1, 11), (2, 20)), "bound to something else");
         assert!(!excused(directory, "other.qcow2", (1, 10), (2, 20)), "another child");
         assert!(excused(directory, "other.qcow2", (3, 30), (4, 40)), "it stands for that");
         assert!(!excused(directory, "other.qcow2", (3, 30), (4, 41)), "and was changed since");
         assert!(!excused(directory, "other.qcow2", (4, 40), (3, 30)));
+    }
+    #[test]
+    fn of_the_layer_that_is_gone_nothing_is_excused() {
+        let directory = tempfile::tempdir().unwrap();
+        let (parent, layer) = (directory.path().join("p.qcow2"), directory.path().join("l.qcow2"));
+        fs::write(&layer, "x").unwrap();
+        let begun = Absorbing { child: None, before: known(1, 10) };
+        identity_file::change_blocking(&layer, |known| known.absorbing = Some(begun)).unwrap();
+        assert!(identity_file_of(&layer).exists());
+        let took = layer.clone();
+        block_on(Backend::Threads, async move { took_place(&parent, &took, None).await }).unwrap().unwrap();
+        assert!(!identity_file_of(&layer).exists());
     }
 }

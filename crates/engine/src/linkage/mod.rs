@@ -32,7 +32,7 @@ pub use identity_file::{
     ChildEntry, ContentHash, IdentityFile, IdentityRead, SnapshotConsistency, SnapshotFacts, identity_file_of, read,
     set_moved_to,
 };
-pub(crate) use identity_file::{change, remove_of_replaced};
+pub(crate) use identity_file::{change, change_blocking, remove_of_replaced};
 pub use merging::{Absorbing, KnownContent, SameAs};
 pub(crate) use merging::{
     absorbed_top, known_now, link_to_layer, note_absorbing, refuse_half_merged, shows_the_same, takes_place, took_place,

@@ -8,9 +8,8 @@
 
 use super::accept::Probed;
 use super::children;
-use super::fault::judge;
 use super::identity_file;
-use super::merging::is_excused;
+use super::merging::fault_of;
 use super::verify::link_with;
 use crate::images::gate::FileGate;
 use crate::images::mended::Mended;
@@ -41,8 +40,7 @@ impl Followed {
                 continue;
             }
             if let Some(link) = link_of(&child).await
-                && (judge(&link, &before.identity, &before.print, true).is_none()
-                    || is_excused(image, &child, &link, &before.identity, &before.print).await)
+                && fault_of(image, &child, &link, &before.identity, &before.print, true).await.is_none()
             {
                 followed.sound.push(child);
             }

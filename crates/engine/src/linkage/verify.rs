@@ -1,8 +1,8 @@
 //! Verifying the links of a chain, on the files that are open.
 
-use super::fault::{FaultKind, LinkFault, judge};
+use super::fault::{FaultKind, LinkFault};
 use super::fingerprint::{Fingerprint, now};
-use super::merging::is_excused;
+use super::merging::fault_of;
 use crate::EngineError;
 use chain::{Chain, LayerInfo};
 use disk::{ByteRange, ContentId, LayerIdentity, ParentLink, Result, StorageId};
@@ -100,8 +100,7 @@ pub(crate) async fn verify_stack(
         let mut checked =
             Checked { child: child.path.clone(), parent: parent.path.clone(), link, found, print, fault: None };
         if let Some(link) = link
-            && let Some(kind) = judge(&link, &found, &print, times)
-            && !is_excused(&parent.path, &child.path, &link, &found, &print).await
+            && let Some(kind) = fault_of(&parent.path, &child.path, &link, &found, &print, times).await
         {
             checked.fault = Some(LinkFault {
                 child: child.path.clone(),

@@ -15,7 +15,7 @@ mod pace;
 mod run;
 mod spec;
 
-pub(crate) use offline::take_history_along;
+pub(crate) use offline::{note_at, take_history_along};
 pub(crate) use pace::{JobControl, TRIES, microseconds};
 pub(crate) use run::{Enter, Promotion};
 pub use spec::{PromoteReport, PromoteSpec};

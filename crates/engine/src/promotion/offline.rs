@@ -1,10 +1,10 @@
 //! The same for images that nobody serves.
 
-use super::{PromoteReport, PromoteSpec, Promotion};
+use super::{Enter, PromoteReport, PromoteSpec, Promotion};
 use crate::history::{HistorySource, sidecar_of};
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{Progress, Workshop, closing, offload_format};
-use crate::{CacheMode, EngineError, JobHandle, chain_text, durable_file};
+use crate::{CacheMode, EngineError, JobHandle, chain_text, durable_file, linkage};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -38,7 +38,7 @@ impl Workshop {
                 spec,
                 cache: CacheMode::default(),
                 job: JobHandle::of_no_job(progress),
-                enter: Box::new(|_, _, _| Ok(())),
+                enter: note_at(source.file.clone()),
             };
             let promoted = promotion.run(Rc::clone(&stack)).await;
             let promoted = closing(&stack, promoted).await?;
@@ -49,6 +49,13 @@ impl Workshop {
         })
         .await
     }
+}
+
+/// Where no catalogue names a disk's image, the old image says which one it is now.
+///
+/// Crash: before that the history speaks of the old image, and of the new one as its heir; after it, of the new one.
+pub(crate) fn note_at(old: PathBuf) -> Enter {
+    Box::new(move |image, _, _| linkage::change_blocking(&old, |known| known.moved_to = Some(image.to_owned())))
 }
 
 /// Gives the history that lies beside an image its place beside the one that the disk goes on in.

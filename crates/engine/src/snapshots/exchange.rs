@@ -43,6 +43,17 @@ impl Stack {
         }
     }
 
+    /// The same for the top's own file, which was opened again and gets other parents.
+    ///
+    /// # Errors
+    /// As [`Kept::prepare_same_file`](crate::history::Kept::prepare_same_file).
+    pub(crate) async fn mark_same_top(&self, reopened: &LayerHandle) -> Result<Option<PreparedTop>, EngineError> {
+        match self.kept() {
+            Ok(kept) => Ok(Some(kept.prepare_same_file(reopened).await?)),
+            Err(_) => Ok(None),
+        }
+    }
+
     /// Exchanges images. The guest's changes are held meanwhile when the top one is among them.
     /// `change` gets the present layers and closes what must be whole.
     ///

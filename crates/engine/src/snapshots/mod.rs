@@ -19,7 +19,7 @@ mod hold;
 pub(crate) mod instant;
 mod list;
 mod overlay;
-mod place;
+pub(crate) mod place;
 pub(crate) mod rearranging;
 pub(crate) mod revert;
 mod spec;

@@ -1,6 +1,6 @@
 //! Taking a snapshot of an open disk.
 //!
-//! 1. Prepare: the overlay is made beside the disk, durable, and opened. The guest notices nothing.
+//! 1. Prepare: the overlay is made beside the disk, durable, and opened; the snapshot's name is noted. The guest notices nothing.
 //! 2. Hold: new writes wait, those under way end. This is the instant.
 //! 3. Switch: the top layer is flushed and closed cleanly, the overlay takes its file's name (`place.rs`), and the chain is
 //!    overlay, frozen layer, and what was below.
@@ -10,7 +10,8 @@
 //! Several disks have one instant when all are held before the first is switched. Until the guest goes on, each switch can be
 //! undone.
 //!
-//! Crash: see [`Place::enter`]. Before it, the disk is whole in its old file; the overlay holds nothing at that moment.
+//! Crash: see [`Place::enter`]. Before it, the disk is whole in its old file; the overlay holds nothing at that moment. After
+//! it the frozen layer has its name as a snapshot, with the time of step 1 until step 5.
 
 use super::SnapshotReport;
 use super::exchange::{Exchange, Exchanged};
@@ -91,8 +92,18 @@ impl Stack {
         let place = Place::of(&image, self.format(), name);
         let looked_at = place.clone();
         dataplane::offload(move || looked_at.refuse_if_taken()).await?;
-        let made = self.make_overlay(&place).await;
-        let (overlay, file, marked) = match made {
+        let made = async {
+            let made = self.make_overlay(&place).await?;
+            let snapshot = SnapshotFacts {
+                name: name.to_owned(),
+                time: linkage::now(),
+                consistency: SnapshotConsistency::Crash,
+                set: Some(set.to_string()),
+            };
+            linkage::change(&place.frozen, move |known| known.snapshot = Some(snapshot)).await?;
+            Ok(made)
+        };
+        let (overlay, file, marked) = match made.await {
             Ok(made) => made,
             Err(error) => {
                 overlay::remove(place.fresh.clone()).await;
@@ -226,7 +237,7 @@ impl Stack {
         let Taking { place, before, hold, .. } = &taking;
         let Some(before) = before else {
             overlay::remove(place.fresh.clone()).await;
-            return Ok(());
+            return forget(set, place).await;
         };
         if hold.is_none() {
             // The guest has written to the overlay: it is the disk.
@@ -242,7 +253,7 @@ impl Stack {
         })
         .await?;
         self.set_top(before.image.clone(), before.format);
-        Ok(())
+        forget(set, place).await
     }
 
     /// Lets the guest go on.
@@ -317,6 +328,13 @@ impl Stack {
             pause_us: Some(microseconds(pause)),
         })
     }
+}
+
+/// There is no such snapshot after all.
+async fn forget(set: Id, place: &Place) -> Result<(), EngineError> {
+    let set = set.to_string();
+    let is_of = move |snapshot: &SnapshotFacts| snapshot.set.as_deref() == Some(&set);
+    linkage::change(&place.frozen, move |known| drop(known.snapshot.take_if(|snapshot| is_of(snapshot)))).await
 }
 
 /// The frozen layer: the same open file under its new name.

@@ -8,6 +8,7 @@ mod daemon;
 mod freeze;
 mod images;
 mod jobs;
+mod kill_steps;
 mod live_disks;
 mod long_work;
 mod marks;

@@ -7,10 +7,10 @@ use serde_json::Value;
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
-const SIZE: u64 = 64 << 20;
+pub(crate) const SIZE: u64 = 64 << 20;
 
 /// A disk `d.qcow2` with the snapshots s1, s2 and s3; `SN.raw` is what each holds, and `now.raw` what the disk holds.
-fn with_snapshots(place: &Place) {
+pub(crate) fn with_snapshots(place: &Place) {
     place.raw("s1.raw", SIZE);
     place.hw("convert s1.raw d.qcow2").ok();
     let steps = [
@@ -31,9 +31,13 @@ fn holds(place: &Place, snapshots: &[&str]) {
     for name in snapshots {
         equal(place, ("raw", &format!("{name}.raw")), ("qcow2", &format!("d@{name}.qcow2")));
     }
+    assert_eq!(names(place), snapshots);
+}
+
+/// The snapshots of `d.qcow2`.
+pub(crate) fn names(place: &Place) -> Vec<String> {
     let list = place.hw("--json snapshot list d.qcow2").ok().json();
-    let names: Vec<&str> = list["snapshots"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
-    assert_eq!(names, snapshots);
+    list["snapshots"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
 }
 
 #[test]

@@ -44,7 +44,10 @@ pub(crate) async fn run(global: &Global, verb: SnapshotVerb) -> Outcome {
         }
         SnapshotVerb::List { disk, format } => {
             let snapshots = match target::find(global, &disk).await? {
-                Target::Disk(client, disk) => client.snapshots(&disk).await?,
+                Target::Disk(client, disk) => {
+                    target::refuse_file_options(&disk, &[("-f", format.is_some())])?;
+                    client.snapshots(&disk).await?
+                }
                 Target::File(file) => target::workshop()?.snapshots(file, format).await?,
             };
             if global.wants_json() {
@@ -79,7 +82,10 @@ pub(crate) async fn run(global: &Global, verb: SnapshotVerb) -> Outcome {
         SnapshotVerb::Clone { disk, name, target: clone, format } => {
             let target = target::absolute(&clone)?;
             let info = match target::find(global, &disk).await? {
-                Target::Disk(client, disk) => client.clone_snapshot(&disk, &name, &CloneSpec { target }).await?,
+                Target::Disk(client, disk) => {
+                    target::refuse_file_options(&disk, &[("-f", format.is_some())])?;
+                    client.clone_snapshot(&disk, &name, &CloneSpec { target }).await?
+                }
                 Target::File(file) => target::workshop()?.clone_snapshot(file, format, name.clone(), target).await?,
             };
             if global.wants_json() {

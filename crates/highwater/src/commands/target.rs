@@ -97,8 +97,8 @@ pub(crate) async fn find_all(global: &Global, arguments: &[PathBuf]) -> Result<G
     }
     match (names.first(), files.first()) {
         (Some(name), Some(file)) => Err(anyhow!(
-            "{} is a file, and {name} belongs to the daemon: one mark is of files or of the daemon's disks; add the \
-             file with `highwater disk add`, or take two marks",
+            "{} is a file, and {name} belongs to the daemon: one call is of files or of the daemon's disks; add the \
+             file with `highwater disk add`, or make two calls",
             file.display()
         )
         .into()),

@@ -9,6 +9,7 @@ pub(crate) mod png_file;
 pub(crate) mod svg;
 pub(crate) mod text;
 
+use crate::output::plain;
 use crate::size::human;
 use engine::utc_text;
 use serde::Serialize;
@@ -344,15 +345,6 @@ fn marks_text(marks: &Marks) -> String {
         text.push_str(&format!(" ({refused} refused)"));
     }
     text
-}
-
-/// Without what would steer a terminal, turn the direction of writing, or break a line: names come from anywhere.
-fn plain(text: &str) -> String {
-    let steers = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
-    };
-    text.chars().map(|c| if steers(c) { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ pub(crate) fn draw(forest: &Forest, style: Style) -> String {
     let signs = if style.ascii { &ASCII } else { &UNICODE };
     let mut pen = Pen { forest, style, signs, names, text: String::new() };
     if directory.components().next().is_some() && !forest.layers.is_empty() {
-        let directory = super::plain(&directory.display().to_string());
+        let directory = crate::output::plain(&directory.display().to_string());
         pen.line("", &format!("in {directory}"), None);
         pen.line("", "", None);
     }

@@ -16,6 +16,7 @@ use crate::jobs::Jobs;
 use crate::linkage::{self, ChainReport, LinkageUse};
 use crate::metrics::{self, ExportCounters};
 use crate::snapshots::instant::{self, NewTop};
+use crate::snapshots::rearranging::Rearranging;
 use crate::snapshots::{self, CloneSpec, SnapshotReport, SnapshotSpec};
 use crate::{
     Catalogue, DiskSpec, DiskState, DiskStatus, EngineError, Event, ExportSpec, ExportStatus, Format, ImageSpec,
@@ -692,10 +693,15 @@ impl Engine {
     /// Has a disk that nobody is connected to go back to a snapshot. What it holds now, and no snapshot holds, is lost.
     ///
     /// # Errors
-    /// When somebody is connected, or there is no such snapshot: the disk is as it was then.
+    /// When somebody is connected, the disk's layers are at work, or there is no such snapshot: the disk is as it was then.
     pub async fn revert(&self, name: &str, snapshot: &str) -> Result<DiskStatus, EngineError> {
         let known = snapshots::named(self.snapshots(name).await?, name, snapshot)?;
         linkage::refuse_half_merged(&known.file).await?;
+        if let Ok((home, _)) = self.home(name) {
+            // Their work would be lost.
+            let jobs = &[Rearranging::Promotion, Rearranging::Consolidation];
+            home.with(move |stack| async move { stack.refuse_while(jobs) }).await?;
+        }
         let (spec, home, exports) = {
             let mut disks = self.disks();
             let entry = disks.get_mut(name).ok_or_else(|| EngineError::NoSuchDisk(name.to_owned()))?;
@@ -767,8 +773,9 @@ impl Engine {
         if saved.is_err() {
             for (disk, spec) in before {
                 if let Some(entry) = self.disks().get_mut(disk) {
+                    // The rest may have been changed by others meanwhile.
                     spec.image.format.into_iter().for_each(|format| entry.set_format(format));
-                    entry.spec = spec;
+                    (entry.spec.image, entry.spec.history.file) = (spec.image, spec.history.file);
                 }
             }
         }

@@ -89,6 +89,9 @@ pub enum EngineError {
     /// Too many jobs.
     #[error("{0} jobs are running, which is the most; try again when one has ended")]
     TooManyJobs(usize),
+    /// Nothing is begun any more.
+    #[error("the daemon ends; try again when it has started anew")]
+    DaemonEnds,
     /// The export's name is taken on that address.
     #[error("there is an export {export:?} on {endpoint} already; give another name or address")]
     ExportExists {
@@ -410,6 +413,7 @@ impl EngineError {
             | Self::JobRunning(_)
             | Self::JobNotResumable { .. }
             | Self::TooManyJobs(_)
+            | Self::DaemonEnds
             | Self::ExportExists { .. }
             | Self::SocketDiffers { .. }
             | Self::Taken { .. }

@@ -56,12 +56,34 @@ pub(crate) fn recorded_result(result: &serde_json::Value) -> Option<serde_json::
     (size <= LARGEST_RESULT).then(|| result.clone())
 }
 
-fn understood(bytes: &[u8]) -> Result<Recorded, String> {
-    let recorded: Recorded = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    match recorded.version {
-        1..=VERSION => Ok(recorded),
-        other => Err(format!("expected version 1 to {VERSION}, found {other}")),
+/// The largest number that a job may have: what every reader of JSON keeps exact.
+const LARGEST_ID: u64 = 1 << 53;
+
+fn understand(bytes: &[u8]) -> Result<Recorded, String> {
+    // Of another version nothing else needs to be as expected.
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
     }
+    let Version { version } = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if !(1..=VERSION).contains(&version) {
+        return Err(format!("expected version 1 to {VERSION}, found {version}"));
+    }
+    let recorded: Recorded = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    let last = recorded.jobs.iter().map(|job| job.id).chain([recorded.last]).max();
+    match last {
+        Some(LARGEST_ID..) => Err(format!("expected jobs with numbers below {LARGEST_ID}, found {last:?}")),
+        _ => Ok(recorded),
+    }
+}
+
+/// Moves what is not understood out of the way: the positions that it speaks of stay, and so does it.
+fn put_aside(file: &Path) -> Result<PathBuf, EngineError> {
+    let aside = (0..).map(|n| file.with_extension(format!("json.damaged-{n}"))).find(|aside| !aside.exists());
+    let aside = aside.unwrap_or_default();
+    let moved = fs::rename(file, &aside).and_then(|()| durable_file::sync_directory_of(file));
+    moved.map_err(|e| EngineError::file(file, "move the list of jobs, which is not understood, out of the way", e))?;
+    Ok(aside)
 }
 
 /// What the file holds.
@@ -71,6 +93,13 @@ pub(crate) struct Recorded {
     /// The largest number that a job ever had.
     pub(crate) last: u64,
     pub(crate) jobs: Vec<JobRecord>,
+    /// Whether there are no others that are not known.
+    #[serde(skip, default = "yes")]
+    pub(crate) understood: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// The file.
@@ -82,13 +111,17 @@ impl JobRecords {
     pub(crate) fn open(directory: &Path) -> Result<(Self, Recorded), EngineError> {
         let file = directory.join("jobs.json");
         let recorded = match fs::read(&file) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Recorded::default(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Recorded { understood: true, ..Recorded::default() },
             Err(e) => return Err(EngineError::file(file, "read the list of jobs", e)),
-            // It only tells what was interrupted: no reason not to serve disks.
-            Ok(bytes) => understood(&bytes).unwrap_or_else(|reason| {
-                tracing::warn!(file = %file.display(), reason, "jobs that were interrupted are not known");
-                Recorded::default()
-            }),
+            Ok(bytes) => match understand(&bytes) {
+                Ok(recorded) => recorded,
+                // It only tells what was interrupted: no reason not to serve disks.
+                Err(reason) => {
+                    let aside = put_aside(&file)?;
+                    tracing::warn!(file = %aside.display(), reason, "jobs that were interrupted are not known");
+                    Recorded::default()
+                }
+            },
         };
         Ok((Self(file), recorded))
     }
@@ -96,7 +129,7 @@ impl JobRecords {
     /// Replaces what the file holds. Blocks for an fsync.
     pub(crate) fn replace(&self, last: u64, jobs: Vec<JobRecord>) -> Result<(), EngineError> {
         let write = || {
-            let bytes = serde_json::to_vec_pretty(&Recorded { version: VERSION, last, jobs })?;
+            let bytes = serde_json::to_vec_pretty(&Recorded { version: VERSION, last, jobs, understood: true })?;
             durable_file::replace(&self.0, &bytes)
         };
         write().map_err(|e| EngineError::file(&self.0, "replace the list of jobs", e))

@@ -86,7 +86,7 @@ impl Job {
             started: self.started,
             kind: self.kind.clone(),
             paused: self.progress.is_paused(),
-            cancelled: self.end.is_none() && self.is_to_be_cancelled(),
+            cancelled: self.is_unfinished() && self.is_to_be_cancelled(),
             rate_limit: self.progress.rate_limit(),
             end: self.end.as_ref().filter(|end| end.state != JobState::Interrupted).map(|end| EndRecord {
                 state: end.state,
@@ -136,6 +136,15 @@ impl List {
 
     fn at_work(&self) -> usize {
         self.jobs.values().filter(|job| job.end.is_none()).count()
+    }
+
+    /// Whether another job may begin.
+    fn refuse_another(&self) -> Result<(), EngineError> {
+        match self {
+            Self { ending: true, .. } => Err(EngineError::DaemonEnds),
+            _ if self.at_work() >= RUNNING => Err(EngineError::TooManyJobs(RUNNING)),
+            _ => Ok(()),
+        }
     }
 
     /// A job that has not ended.
@@ -207,7 +216,9 @@ impl Jobs {
             list.jobs.insert(id, job);
         }
         let unfinished = list.jobs.iter().filter(|(_, job)| job.is_unfinished()).map(|(id, _)| *id).collect();
-        remove_leftovers(directory, &unfinished);
+        if recorded.understood {
+            remove_leftovers(directory, &unfinished);
+        }
         list.last = recorded.last.max(list.jobs.keys().last().copied().unwrap_or(0));
         list.records = Some(records);
         Ok(Self(Arc::new(Mutex::new(list))))
@@ -221,7 +232,7 @@ impl Jobs {
     /// is begun when the returned future is polled; that one is to be run to its end.
     ///
     /// # Errors
-    /// When too many are running, or the state directory cannot be written to.
+    /// When too many are running, the daemon ends, or the state directory cannot be written to.
     pub fn begin<W>(
         &self,
         kind: JobKind,
@@ -235,16 +246,13 @@ impl Jobs {
         progress.set_rate_limit(rate_limit);
         let (id, handle) = {
             let mut list = self.list();
-            if list.at_work() >= RUNNING {
-                return Err(EngineError::TooManyJobs(RUNNING));
-            }
+            list.refuse_another()?;
             // What is to go on later is no history yet.
             let is_resumable = list.is_resumable;
             let stays = |job: &Job| job.end.is_none() || (job.is_unfinished() && is_resumable(&job.kind));
             let ended: Vec<u64> = list.jobs.iter().filter(|(_, job)| !stays(job)).map(|(id, _)| *id).collect();
-            for id in ended.iter().take((ended.len() + 1).saturating_sub(REMEMBERED)) {
-                list.jobs.remove(id);
-            }
+            let pruned = (ended.len() + 1).saturating_sub(REMEMBERED);
+            let pruned: Vec<_> = ended.iter().take(pruned).filter_map(|id| list.jobs.remove_entry(id)).collect();
             list.last += 1;
             let id = list.last;
             let position = Arc::new(JobPosition::new(list.directory.as_deref(), id));
@@ -254,6 +262,7 @@ impl Jobs {
             list.jobs.insert(id, job);
             if let Err(error) = list.save() {
                 list.jobs.remove(&id);
+                list.jobs.extend(pruned);
                 return Err(error);
             }
             (id, handle)
@@ -265,7 +274,8 @@ impl Jobs {
     /// saved last, and with its pause and its limit.
     ///
     /// # Errors
-    /// [`EngineError::NoSuchJob`], [`EngineError::JobEnded`]; [`EngineError::JobNotResumable`] for the kinds that are not.
+    /// As [`begin`](Self::begin); [`EngineError::NoSuchJob`], [`EngineError::JobEnded`]; [`EngineError::JobNotResumable`] for
+    /// the kinds that are not.
     pub fn begin_again<W>(
         &self,
         id: u64,
@@ -277,9 +287,7 @@ impl Jobs {
         let handle = {
             let mut list = self.list();
             let is_resumable = list.is_resumable;
-            if list.ending {
-                return Err(EngineError::JobEnded(id));
-            }
+            list.refuse_another()?;
             let job = list.jobs.get_mut(&id).ok_or(EngineError::NoSuchJob(id))?;
             if job.state() != JobState::Interrupted {
                 return Err(EngineError::JobEnded(id));
@@ -321,6 +329,10 @@ impl Jobs {
         let (done, unit, at) = (job.progress.now(), job.progress.unit(), Some(now()));
         let end = match result {
             Ok(value) => End { state: JobState::Done, result: Ok(Some(value)), at, done, unit },
+            // What fails while all is taken down has left what it had made for the next time, if it is to go on then.
+            Err(_) if ending && job.progress.is_interrupted() && (list.is_resumable)(&job.kind) => {
+                list.interrupted(job, at)
+            }
             Err(error) if error.class() != ErrorClass::Cancelled => {
                 End { state: JobState::Failed, result: Err(chain_text(&error)), at, done, unit }
             }

@@ -100,7 +100,13 @@ impl Engine {
     /// Looks whether a job can be done, and finds the disks that it reads.
     fn prepare_job(&self, mut kind: JobKind) -> Result<JobKind, EngineError> {
         kind.validate()?;
-        kind.files_to_lock().into_iter().try_for_each(|file| self.refuse_image_of_a_disk(file, false))?;
+        for file in kind.files_to_lock() {
+            match (self.refuse_image_of_a_disk(file, false), &kind) {
+                // The daemon ended after the promotion's last step: the target is the disk's image.
+                (Err(EngineError::HeldByDisk { disk, .. }), JobKind::Promote(spec)) if spec.disk == disk => {}
+                (refused, _) => refused?,
+            }
+        }
         for source in kind.sources_mut() {
             if let Some(name) = &source.disk {
                 let (home, facts) = self.home(name)?;

@@ -246,7 +246,7 @@ impl Progress {
 
 /// Part done, 0 to 100.
 pub(crate) fn percent((done, total): (u64, u64)) -> u8 {
-    if total == 0 { 0 } else { (u128::from(done) * 100 / u128::from(total)) as u8 }
+    if total == 0 { 0 } else { (u128::from(done.min(total)) * 100 / u128::from(total)) as u8 }
 }
 
 impl Shared {

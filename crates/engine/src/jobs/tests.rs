@@ -234,6 +234,11 @@ fn a_cancel_outlives_a_crash() {
     let (begun, _never_run) = jobs.begin(kind(), None, |_| never()).unwrap();
     jobs.cancel(begun.id).unwrap();
     let jobs = Jobs::open_with(dir.path(), all).unwrap();
+    // Another job has the list written again, before this one was begun again.
+    let (_, another) = jobs.begin(kind(), None, |_| async { Ok(json!(2)) }).unwrap();
+    run(another);
+    jobs.forget(begun.id + 1).unwrap();
+    let jobs = Jobs::open_with(dir.path(), all).unwrap();
     let clean = |job: JobHandle| async move {
         assert!(!job.will_be_begun_again());
         job.progress().check().map(|()| json!(1))
@@ -258,4 +263,39 @@ fn what_cannot_be_recorded_does_not_happen() {
     let status = jobs.show(begun.id).unwrap();
     assert_eq!((status.state, status.rate_limit), (JobState::Running, None));
     assert_eq!(jobs.all().len(), 1);
+}
+
+#[test]
+fn what_fails_while_the_daemon_ends_goes_on_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let jobs = Jobs::open_with(dir.path(), all).unwrap();
+    let failing = |_| async { Err(EngineError::Invalid("the disk is closed".to_owned())) };
+    let (interrupted, first) = jobs.begin(kind(), None, failing).unwrap();
+    let (failed, second) = jobs.begin(kind(), None, failing).unwrap();
+    run(second);
+    jobs.interrupt_all();
+    run(first);
+    assert_eq!(states(&jobs), [(interrupted.id, JobState::Interrupted), (failed.id, JobState::Failed)]);
+    assert!(matches!(jobs.begin(kind(), None, |_| never()).err(), Some(EngineError::DaemonEnds)));
+    assert!(matches!(jobs.begin_again(interrupted.id, |_| never()).err(), Some(EngineError::DaemonEnds)));
+}
+
+#[test]
+fn a_list_that_is_not_understood_is_kept() {
+    let position = r#"{"position":1}"#;
+    for text in [
+        "no JSON",
+        r#"{"version":99,"jobs":"of another time"}"#,
+        r#"{"version":2,"last":18446744073709551615,"jobs":[]}"#,
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("jobs.json"), text).unwrap();
+        std::fs::write(dir.path().join("job-3.position"), position).unwrap();
+        for _ in 0..2 {
+            let jobs = Jobs::open(dir.path()).unwrap();
+            run(jobs.begin(kind(), None, |_| async { Ok(json!(1)) }).unwrap().1);
+        }
+        assert_eq!(std::fs::read_to_string(dir.path().join("jobs.json.damaged-0")).unwrap(), text);
+        assert_eq!(states(&Jobs::open(dir.path()).unwrap()).len(), 2);
+    }
 }

@@ -28,11 +28,11 @@ use chain::{CopyPass, CopyStats, LayerInfo, Mirror};
 use disk::ByteRange;
 use futures_util::future::{Either, join, select};
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 use tracking::NewPoint;
 
 /// Between two positions that are made durable. Each costs a flush of the target.
@@ -56,8 +56,10 @@ struct Position {
     copied: u64,
     /// The mark that was taken before the first was copied.
     mark: String,
-    /// Which file the target is; absent before it was made, where nothing stood.
+    /// Which file the target is; absent before there was one.
     target: Option<FileId>,
+    /// Whether it is an image already.
+    made: bool,
 }
 
 impl Promotion {
@@ -77,15 +79,20 @@ impl Promotion {
         let mark = mark_of(&job);
         let position = job.position().and_then(|found| serde_json::from_value::<Position>(found).ok());
         let target = match &position {
-            Some(position) if position.target.is_some() => open_again(&spec, position, cache).await?,
-            Some(_) => {
-                // Made by this job, and not noted yet.
-                remove_target(&spec.target).await;
+            Some(position) if position.made => match open_again(&spec, position, cache).await {
+                Ok(target) => target,
+                Err(error) => {
+                    forget_mark(&stack, &mark).await;
+                    return Err(error);
+                }
+            },
+            Some(position) => {
+                remove_begun(&spec.target, position).await;
                 make(&stack, &spec, cache, &mark, &job).await?
             }
             None => make(&stack, &spec, cache, &mark, &job).await?,
         };
-        let begun = match position.filter(|position| position.target.is_some()) {
+        let begun = match position.filter(|position| position.made) {
             Some(position) => attach_again(&stack, &target, &spec, &position).await,
             None => attach(&stack, &target, &mark, &job).await.map(|mirror| (mirror, 0)),
         };
@@ -195,14 +202,31 @@ async fn make(
     mark: &str,
     job: &JobHandle,
 ) -> Result<Stack, EngineError> {
-    let there = spec.target.clone();
-    if dataplane::offload(move || fs::symlink_metadata(there).is_ok()).await {
-        return Err(EngineError::Taken {
+    // Whatever a crash leaves of this is known to be the job's: an empty file, and then the one that is noted.
+    note(Position { copied: 0, mark: mark.to_owned(), target: None, made: false }, job).await?;
+    let new = spec.target.clone();
+    let new = dataplane::offload(move || fs::File::create_new(new).and_then(|file| file.metadata())).await;
+    let facts = new.map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => EngineError::Taken {
             file: spec.target.clone(),
-            what: "the disk's new image is a new file, but there is one already; choose another name",
-        });
+            what: "the disk's new image is a new file, but there is one already; remove it or choose another name",
+        },
+        _ => EngineError::file(&spec.target, "create", e),
+    })?;
+    let made = async {
+        note(Position { copied: 0, mark: mark.to_owned(), target: Some(FileId::of(&facts)), made: false }, job).await?;
+        fill(stack, spec, job).await?;
+        open(spec, cache).await
+    };
+    let made = made.await;
+    if made.is_err() {
+        remove_target(&spec.target).await;
     }
-    note(Position { copied: 0, mark: mark.to_owned(), target: None }, job).await?;
+    made
+}
+
+/// Has the new file be an image that shows nothing.
+async fn fill(stack: &Stack, spec: &PromoteSpec, job: &JobHandle) -> Result<(), EngineError> {
     let create = CreateSpec {
         file: spec.target.clone(),
         format: spec.format,
@@ -211,8 +235,21 @@ async fn make(
         backing: None,
         unsafe_backing: false,
     };
-    create::create_watched(&create, job.progress()).await?;
-    open(spec, cache).await
+    create::create_watched(&create, job.progress()).await.map(drop)
+}
+
+/// Removes what a job that was interrupted had begun to make: the file that it had noted, or an empty one.
+async fn remove_begun(target: &Path, position: &Position) {
+    let (file, noted) = (target.to_owned(), position.target);
+    let is_ours = dataplane::offload(move || {
+        fs::symlink_metadata(file).is_ok_and(|facts| match noted {
+            Some(noted) => FileId::of(&facts) == noted,
+            None => facts.is_file() && facts.len() == 0,
+        })
+    });
+    if is_ours.await {
+        remove_target(target).await;
+    }
 }
 
 /// Opens the target of a job that was interrupted.
@@ -221,7 +258,7 @@ async fn open_again(spec: &PromoteSpec, position: &Position, cache: CacheMode) -
     let found = dataplane::offload(move || fs::metadata(target).ok().map(|facts| FileId::of(&facts))).await;
     if found != position.target {
         return Err(EngineError::Invalid(format!(
-            "{}: is not the file that this job has made; cancel the job and begin it anew",
+            "{}: is not the file that this job has made; remove it or choose another target, and begin the job anew",
             spec.target.display()
         )));
     }
@@ -318,7 +355,7 @@ async fn save(target: &Stack, mark: &str, copied: u64, job: &JobHandle) -> Resul
     let Some(file) = target.files().first().cloned() else { return Ok(()) };
     let facts = dataplane::offload(move || file.file().metadata()).await;
     let facts = facts.map_err(|e| EngineError::file(target.image(), "look at it", e))?;
-    note(Position { copied, mark: mark.to_owned(), target: Some(FileId::of(&facts)) }, job).await
+    note(Position { copied, mark: mark.to_owned(), target: Some(FileId::of(&facts)), made: true }, job).await
 }
 
 async fn note(position: Position, job: &JobHandle) -> Result<(), EngineError> {

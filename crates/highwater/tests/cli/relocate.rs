@@ -302,3 +302,32 @@ fn work_on_layers_does_not_meet_and_can_be_called_off() {
         place.tool(&format!("qemu-img compare -f raw -F raw now.raw {}", uri(&daemon, "d"))).ok();
     }
 }
+
+/// The daemon was killed after a promotion's last step, and before the job's end was noted.
+#[test]
+fn a_promotion_whose_end_was_not_noted_comes_to_its_end() {
+    let mut daemon = Daemon::new();
+    with_snapshots(&daemon.place);
+    daemon.hw("disk add d.qcow2").ok();
+    let target = daemon.place.path("full.qcow2");
+    let kind = format!(r#"{{"job":"promote","disk":"d","target":"{}","format":"qcow2"}}"#, target.display());
+    fs::write(daemon.place.path("job.json"), kind).unwrap();
+    daemon.hw("jobs start job.json").ok();
+    daemon.hw("jobs wait 1").ok();
+    daemon.end();
+    let list = daemon.place.path("state/jobs.json");
+    let mut jobs: Value = serde_json::from_slice(&fs::read(&list).unwrap()).unwrap();
+    assert!(!jobs["jobs"][0]["end"].is_null(), "{jobs}");
+    jobs["jobs"][0].as_object_mut().unwrap().remove("end");
+    fs::write(&list, jobs.to_string()).unwrap();
+    daemon.start();
+    until("the job has ended", || daemon.hw("--json jobs show 1").ok().json()["state"] != "running");
+    let job = daemon.hw("--json jobs show 1").ok().json();
+    assert_eq!(job["state"], "done", "{job}");
+    equal(&daemon.place, ("raw", "now.raw"), ("raw", &uri(&daemon, "d")));
+    // Somebody else's disk is not taken for the target.
+    daemon.place.hw("create other.qcow2 64M").ok();
+    daemon.hw("disk add other.qcow2").ok();
+    let refused = daemon.hw("promote d other.qcow2").code(1);
+    assert!(refused.err.contains("is the image of disk \"other\""), "{refused:?}");
+}

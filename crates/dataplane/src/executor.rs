@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 
 /// Polls of tasks before the kernel is asked for completions again.
 const POLLS_PER_TURN: usize = 256;
+/// and the bytes that they may move without it, about: a task that copies and wakes itself would keep the others' completions
+/// waiting for as many polls.
+const INLINE_BYTES_PER_TURN: usize = 1 << 20;
 /// Operations that one poll of a task may finish without giving way to others,
 const INLINE_PER_POLL: u32 = 64;
 /// and the bytes that it may move meanwhile, about.
@@ -284,7 +287,11 @@ impl Core {
         self.ready.borrow_mut().push_back(MAIN);
         loop {
             self.open_inbox();
+            let mut moved = 0;
             for _ in 0..POLLS_PER_TURN {
+                if moved >= INLINE_BYTES_PER_TURN {
+                    break;
+                }
                 let Some(slot) = self.ready.borrow_mut().pop_front() else { break };
                 if slot == MAIN {
                     handle.scheduled.store(false, Ordering::Release);
@@ -295,6 +302,7 @@ impl Core {
                 } else {
                     self.run_task(slot);
                 }
+                moved += INLINE_BYTES_PER_POLL - self.inline_bytes_left.get();
             }
             self.turn();
         }

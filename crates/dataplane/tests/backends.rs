@@ -428,3 +428,31 @@ fn a_task_that_need_not_wait_ends_before_its_start_returns() {
     })
     .expect("runs");
 }
+
+/// A task that copies what is cached and wakes itself does not keep the others from what has completed for them.
+#[test]
+fn a_copying_task_lets_others_have_their_completions() {
+    const PIECE: usize = 256 << 10;
+    block_on(Backend::Auto, async {
+        let file = scratch(PIECE as u64);
+        let (copied, ended) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(false)));
+        let (count, end) = (Rc::clone(&copied), Rc::clone(&ended));
+        let copying = spawn_local(async move {
+            while !end.get() {
+                let (read, _) = file::read_at(&file, 0, Buf::new(PIECE)).await;
+                count.set(count.get() + read.expect("read"));
+                dataplane::yield_now().await;
+            }
+        });
+        for _ in 0..20 {
+            let before = copied.get();
+            // Due soon: what completes is seen in the next turn.
+            sleep(Duration::from_micros(50)).await;
+            assert!(copied.get() - before <= 16 * PIECE, "{} bytes were copied meanwhile", copied.get() - before);
+        }
+        assert!(copied.get() > 0);
+        ended.set(true);
+        copying.await;
+    })
+    .expect("runs");
+}

@@ -1,10 +1,13 @@
 //! The parking lot of a disk: a file in memory (tmpfs), which outlives this process and not the machine.
 
 use disk::ByteRange;
-use rustix::fs::{CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fstat, fstatfs, futimens, openat, unlink};
+use rustix::fs::{
+    CWD, FallocateFlags, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fallocate, fstat, fstatfs, futimens, openat,
+    unlink,
+};
 use rustix::io::{pread, pwrite, pwritev};
 use rustix::time::{ClockId, clock_gettime};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
@@ -20,7 +23,9 @@ const TMPFS: i64 = 0x0102_1994;
 /// Writes that may be parked.
 const SLOTS: usize = 256;
 /// Bytes of the longest one. Longer ones are worth a wait.
-const SLOT_BYTES: usize = 16 << 10;
+const SLOT_BYTES: usize = 64 << 10;
+/// Of a longer one the memory is given back at once: most disks park short ones alone, and keep theirs.
+const KEPT_BYTES: usize = 12 << 10;
 /// Nanoseconds between the last parking or sign and the end of the writes that go with it, and more.
 const LATER: i128 = 3_000_000_000;
 /// Between two signs that the disk is written to.
@@ -31,7 +36,7 @@ const MAGIC: u32 = 0x4b50_5748; // "HWPK"
 const STRIDE: u64 = (SLOT_BYTES + 4096) as u64;
 /// Bytes before the first slot: magic, and the birth of the image.
 const FRONT: u64 = 4096;
-const FRONT_MAGIC: [u8; 8] = *b"HWPARKED";
+const FRONT_MAGIC: [u8; 8] = *b"HWPARK64";
 
 const fn place(slot: usize) -> u64 {
     FRONT + slot as u64 * STRIDE
@@ -47,6 +52,8 @@ pub(super) struct TmpfsLot {
     path: PathBuf,
     /// When the file's age was last made to say that the disk is written to.
     signed: Cell<Option<Duration>>,
+    /// The slots that hold long writes.
+    long: RefCell<[bool; SLOTS]>,
 }
 
 /// A write that an earlier process had parked.
@@ -99,7 +106,7 @@ impl TmpfsLot {
         {
             return refused("belongs to somebody else");
         }
-        let lot = Self { file, path, signed: Cell::default() };
+        let lot = Self { file, path, signed: Cell::default(), long: RefCell::new([false; SLOTS]) };
         let mut front = FRONT_MAGIC.to_vec();
         front.extend(birth.to_le_bytes());
         let mut found = vec![0; front.len()];
@@ -176,6 +183,7 @@ impl ParkingLot for TmpfsLot {
         let sum = crc32c::crc32c_append(crc32c::crc32c(&head[8..20]), bytes);
         head[4..8].copy_from_slice(&sum.to_le_bytes());
         let record = [IoSlice::new(&head), IoSlice::new(bytes)];
+        self.long.borrow_mut()[slot] = bytes.len() > KEPT_BYTES;
         pwritev(&self.file, &record, place(slot)).is_ok_and(|written| written == HEAD + bytes.len())
     }
 
@@ -184,7 +192,14 @@ impl ParkingLot for TmpfsLot {
     }
 
     fn clear(&self, slot: usize) -> bool {
-        pwrite(&self.file, &[0; 4], place(slot)).is_ok_and(|written| written == 4)
+        if !pwrite(&self.file, &[0; 4], place(slot)).is_ok_and(|written| written == 4) {
+            return false;
+        }
+        if std::mem::take(&mut self.long.borrow_mut()[slot]) {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let _kept = fallocate(&self.file, flags, place(slot) + 4096, STRIDE - 4096);
+        }
+        true
     }
 
     fn sign(&self) {

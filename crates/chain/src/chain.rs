@@ -1,6 +1,7 @@
 //! The chain itself, and its face as a disk.
 
 use crate::background::Background;
+use crate::guest::Guest;
 use crate::requests::Requests;
 use crate::stack::Stack;
 use disk::{
@@ -37,8 +38,7 @@ pub struct Chain {
     layers: RefCell<Rc<[LayerInfo]>>,
     pub(crate) requests: Requests,
     pub(crate) background: RefCell<Option<Background>>,
-    /// Requests so far that moved bytes.
-    served: Cell<u64>,
+    guest: Guest,
     preferred_alignment: Cell<u32>,
 }
 
@@ -54,7 +54,7 @@ impl Chain {
             layers: RefCell::new(layers.into()),
             requests: Requests::default(),
             background: RefCell::default(),
-            served: Cell::new(0),
+            guest: Guest::default(),
         }
     }
 
@@ -70,7 +70,12 @@ impl Chain {
 
     /// How many requests have asked to move bytes so far: who works beside the guest sees by it whether the guest is at work.
     pub fn served(&self) -> u64 {
-        self.served.get()
+        self.guest.asked()
+    }
+
+    /// Waits until none of the guest's requests that move bytes is under way.
+    pub async fn guest_rests(&self) {
+        self.guest.rests().await;
     }
 
     /// Puts other layers in place; no request is under way.
@@ -105,13 +110,13 @@ impl Disk for Chain {
     }
 
     async fn read(&self, offset: u64, buf: Buf) -> Result<Buf> {
-        self.served.set(self.served.get().wrapping_add(1));
+        let _at_work = self.guest.asks();
         let _request = self.requests.enter(Operation::Read).await?;
         Stack::new(&self.layers()).read_through(offset, buf).await
     }
 
     async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
-        self.served.set(self.served.get().wrapping_add(1));
+        let _at_work = self.guest.asks();
         let _request = self.requests.enter(Operation::Write).await?;
         if let Some(job) = self.background() {
             return Box::pin(self.write_beside(job, offset, buf, flags)).await;
@@ -123,7 +128,7 @@ impl Disk for Chain {
     }
 
     async fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, flags: WriteFlags) -> Result<()> {
-        self.served.set(self.served.get().wrapping_add(1));
+        let _at_work = self.guest.asks();
         let _request = self.requests.enter(Operation::WriteZeroes).await?;
         if let Some(job) = self.background() {
             return Box::pin(self.zero_beside(job, range, mode, flags)).await;
@@ -135,7 +140,7 @@ impl Disk for Chain {
     }
 
     async fn discard(&self, range: ByteRange, flags: WriteFlags) -> Result<()> {
-        self.served.set(self.served.get().wrapping_add(1));
+        let _at_work = self.guest.asks();
         let _request = self.requests.enter(Operation::Discard).await?;
         if let Some(job) = self.background() {
             return Box::pin(self.discard_beside(job, range, flags)).await;

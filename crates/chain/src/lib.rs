@@ -11,6 +11,7 @@ mod background;
 mod chain;
 mod copy_pass;
 mod coverage;
+mod guest;
 mod hold;
 mod infill;
 mod locks;

@@ -1,8 +1,9 @@
 //! Regular files and block devices as [`Storage`].
 
-use crate::{CacheMode, LockMode, OpenOptions, block_device, lock};
+use crate::{CacheMode, LockMode, OpenOptions, block_device, lock, write_behind};
 use dataplane::file::{self, File};
 use disk::{Buf, ByteRange, DiskError, ErrorKind, Operation, Result, Storage, StorageExtent, StorageLimits, ZeroMode};
+use futures_util::FutureExt;
 use rustix::fs::SeekFrom;
 use std::fmt;
 use std::io;
@@ -39,6 +40,7 @@ struct Inner {
     /// `fallocate` modes that the file system has turned out not to have.
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
+    write_behind: write_behind::OfFile,
 }
 
 fn is_unsupported(error: &io::Error) -> bool {
@@ -64,6 +66,7 @@ impl FileStorage {
             poisoned: AtomicBool::new(false),
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
+            write_behind: write_behind::OfFile::default(),
             file,
         };
         Ok(Self(Arc::new(inner)))
@@ -89,6 +92,25 @@ impl FileStorage {
             0 => Ok(()),
             ragged => self.0.restore_size(ragged).map_err(|e| self.error(e, Operation::Resize)),
         }
+    }
+
+    /// Whether the writeback of what is written is started soon, for jobs that end with a sync; not where writes do not go
+    /// through the page cache, or syncs are void.
+    pub fn set_write_behind(&self, wanted: bool) {
+        self.0.write_behind.want(wanted && self.0.limits.alignment == 1 && !self.0.sync_is_void);
+    }
+
+    /// Only a help: the sync at the end reports what goes wrong.
+    fn start_writeback(&self, range: ByteRange) {
+        let this = self.clone();
+        let start = dataplane::offload(move || {
+            if let Err(error) = dataplane::file::start_writeback(this.file(), range.offset(), range.len()) {
+                tracing::debug!(file = this.0.name, %error, "writeback was not started early");
+            }
+            this.0.write_behind.started();
+        });
+        // Polled once it runs to its end.
+        let _under_way = start.now_or_never();
     }
 
     /// Whether this is a block device.
@@ -334,6 +356,9 @@ impl Storage for FileStorage {
         let (result, buf) = file::write_full(&self.0.file, offset, buf).await;
         result.map_err(|e| self.error_at(e, Operation::Write, range))?;
         self.wrote_to(range.end());
+        if let Some(due) = self.0.write_behind.wrote(range) {
+            self.start_writeback(due);
+        }
         Ok(buf)
     }
 

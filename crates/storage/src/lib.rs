@@ -8,6 +8,8 @@ mod direct;
 mod file;
 pub mod lock;
 mod open;
+mod write_behind;
 
 pub use file::FileStorage;
 pub use open::{CacheMode, LockMode, OpenOptions};
+pub use write_behind::WriteBehind;

@@ -30,6 +30,8 @@ pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result
         kept.top_changes().await?;
     }
     let infill = stack.chain().begin_infill(1..2).await?;
+    let top_file = stack.files()[0].clone();
+    top_file.set_write_behind(true);
     let done = async {
         let mut moved = 0;
         for _ in 0..TRIES {
@@ -47,7 +49,9 @@ pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result
         }
         Err(EngineError::Invalid(format!("{}: the disk grows all the time; try again", top.display())))
     };
-    let (moved, pause) = match done.await {
+    let done = done.await;
+    top_file.set_write_behind(false);
+    let (moved, pause) = match done {
         Ok(done) => done,
         Err(error) => {
             stack.chain().end_infill(&infill).await;

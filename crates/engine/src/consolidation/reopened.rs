@@ -44,6 +44,8 @@ impl Reopened {
                 old.relock(Demand::READER)?;
                 return Err(error);
             }
+            // What is written to it is made durable before the images are exchanged.
+            file.set_write_behind(true);
             Ok(file)
         })
         .await?;

@@ -103,6 +103,8 @@ impl Promotion {
                 return Err(error);
             }
         };
+        let target_file = target.files()[0].clone();
+        target_file.set_write_behind(true);
         let done = async {
             job.progress().set_total(stack.disk().geometry().size);
             let mut copied = 0;
@@ -118,7 +120,9 @@ impl Promotion {
                 spec.disk
             )))
         };
-        match done.await {
+        let done = done.await;
+        target_file.set_write_behind(false);
+        match done {
             Ok((copied, pause)) => {
                 forget_mark(&stack, &mark).await;
                 Ok(PromoteReport {

@@ -7,10 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use storage::FileStorage;
-
-/// Bytes that gather before their writeback is started: enough for long extents and requests.
-const WRITEBACK: u64 = 8 << 20;
+use storage::{FileStorage, WriteBehind};
 
 /// The error of a call on a file, which names the file and the range.
 fn failed(file: &FileStorage, operation: Operation, offset: u64, len: u64, error: io::Error) -> EngineError {
@@ -79,46 +76,28 @@ pub(super) fn copy_range(
     Ok(())
 }
 
-/// Starts the writeback of what has been written, so that the last sync finds little left.
+/// Has the result be written back while it is made.
 pub(super) struct Writeback {
     wanted: bool,
     /// File systems let one writer at a time into a regular file, and the others spin. Here they sleep.
     one: Mutex<()>,
-    window: Mutex<Window>,
-}
-
-/// What was written since writeback was started last.
-#[derive(Clone, Copy, Default)]
-struct Window {
-    from: u64,
-    to: u64,
-    bytes: u64,
+    behind: WriteBehind,
 }
 
 impl Writeback {
     /// `wanted` says whether the result is to be made durable at all.
     pub(super) fn new(wanted: bool) -> Self {
-        Self { wanted, one: Mutex::default(), window: Mutex::default() }
+        Self { wanted, one: Mutex::default(), behind: WriteBehind::default() }
     }
 
     /// Bytes were written.
     pub(super) fn wrote(&self, file: &FileStorage, offset: u64, len: u64) {
-        if !self.wanted || len == 0 {
+        if !self.wanted {
             return;
         }
-        let due = {
-            let mut window = self.window.lock().expect("no panic while the window is locked");
-            *window = match window.bytes {
-                0 => Window { from: offset, to: offset + len, bytes: len },
-                bytes => Window { from: window.from.min(offset), to: window.to.max(offset + len), bytes: bytes + len },
-            };
-            if window.bytes < WRITEBACK {
-                return;
-            }
-            std::mem::take(&mut *window)
-        };
+        let Some(due) = self.behind.wrote(ByteRange::new(offset, len)) else { return };
         // Only a help: the sync at the end reports what goes wrong.
-        if let Err(error) = dataplane::file::start_writeback(file.file(), due.from, due.to - due.from) {
+        if let Err(error) = dataplane::file::start_writeback(file.file(), due.offset(), due.len()) {
             tracing::debug!(file = file.name(), %error, "writeback was not started early");
         }
     }

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 /// Every crate of the workspace and its tier.
-const TIERS: [(&str, u32); 10] = [
+const TIERS: [(&str, u32); 11] = [
     ("disk", 0),
     ("dataplane", 1),
     ("formats", 1),
+    ("repository", 1),
     ("storage", 2),
     ("chain", 3),
     ("tracking", 3),

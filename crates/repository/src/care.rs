@@ -163,23 +163,26 @@ impl Repository {
                 let leaf = inner.leaf_bytes();
                 let shape = Shape::of(disk.size, leaf);
                 let Some(root) = disk.root else { continue };
-                each_node(inner, root, shape.depth, &mut visited, &mut |_, level, first, node| {
+                each_node(inner, root, shape.depth, &mut visited, &mut |at, level, first, node| {
                     report.frames += 1;
                     let mut lost = |first: u64, leaves: u64, error| {
                         let end = (first + leaves).saturating_mul(leaf).min(disk.size);
                         let range = (first * leaf).min(end)..end;
                         report.found(Finding { point: Some(id), disk: Some(disk.name.clone()), range, error });
                     };
-                    match node {
-                        Err(error) => lost(first, crate::node::covered(level), error),
-                        Ok(node) if level == 1 => {
-                            for (n, child) in node.children.iter().enumerate() {
-                                if let Some(error) = child.as_ref().and_then(|child| tables.wrong(child)) {
-                                    lost(first + n as u64, 1, error);
-                                }
-                            }
+                    let node = match node {
+                        Ok(node) => node,
+                        Err(error) => return lost(first, crate::node::covered(level), error),
+                    };
+                    // It has been read; but whoever rebuilds the index or packs anew needs its line in the table.
+                    if let Some(error) = tables.wrong(at, FrameKind::Node) {
+                        lost(0, 0, error);
+                    }
+                    let leaves = node.children.iter().enumerate().filter(|_| level == 1);
+                    for (n, child) in leaves {
+                        if let Some(error) = child.as_ref().and_then(|child| tables.wrong(child, FrameKind::Leaf)) {
+                            lost(first + n as u64, 1, error);
                         }
-                        Ok(_) => {}
                     }
                 });
             }
@@ -298,21 +301,24 @@ impl Repository {
     }
 }
 
+/// Offset, length and kind of each frame of a pack.
+type Table = Vec<(u32, u32, u8)>;
+
 /// Tables of packs, read when a reference leads there.
 struct Tables<'a> {
     inner: &'a Inner,
     packs: HashMap<Id, u64>,
-    cache: HashMap<Id, Result<Vec<(u32, u32)>, Damage>>,
+    cache: HashMap<Id, Result<Table, Damage>>,
 }
 
 impl Tables<'_> {
-    /// What is wrong with a reference to a leaf.
-    fn wrong(&mut self, at: &Reference) -> Option<RepositoryError> {
+    /// What is wrong with a reference to a leaf or a node.
+    fn wrong(&mut self, at: &Reference, kind: FrameKind) -> Option<RepositoryError> {
         let mut location = at.location;
         for _ in 0..32 {
             let pack = location.pack;
             if self.packs.contains_key(&pack) {
-                return self.wrong_in(&location);
+                return self.wrong_in(&location, kind);
             }
             let name = relocation_name(pack);
             match records::read(&*self.inner.store, &self.inner.secret, &name, pack, Relocation::parse) {
@@ -327,7 +333,7 @@ impl Tables<'_> {
         Some(Damage::new(at.location.pack.pack_name(), 0, DamageReason::Missing).into())
     }
 
-    fn wrong_in(&mut self, at: &Location) -> Option<RepositoryError> {
+    fn wrong_in(&mut self, at: &Location, kind: FrameKind) -> Option<RepositoryError> {
         // Packs come in the order of the disk, so few tables are enough.
         if self.cache.len() > 256 {
             self.cache.clear();
@@ -336,9 +342,7 @@ impl Tables<'_> {
         let mut failure = None;
         let table =
             self.cache.entry(at.pack).or_insert_with(|| match read_table(&*inner.store, &inner.secret, at.pack) {
-                Ok(frames) => {
-                    Ok(frames.iter().filter(|f| f.kind == FrameKind::Leaf).map(|f| (f.offset, f.length)).collect())
-                }
+                Ok(frames) => Ok(frames.iter().map(|f| (f.offset, f.length, f.kind as u8)).collect()),
                 Err(e) => {
                     let damage = e.damage().cloned();
                     let unreadable = Damage::new(at.pack.pack_name(), 0, DamageReason::Missing);
@@ -348,7 +352,7 @@ impl Tables<'_> {
             });
         let wrong = match table {
             Err(damage) => Some(damage.clone().into()),
-            Ok(frames) => match frames.binary_search(&(at.offset, at.length)) {
+            Ok(frames) => match frames.binary_search(&(at.offset, at.length, kind as u8)) {
                 Ok(_) => None,
                 Err(_) => Some(Damage::new(at.pack.pack_name(), at.offset.into(), DamageReason::Reference).into()),
             },

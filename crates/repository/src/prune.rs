@@ -447,7 +447,11 @@ impl Repository {
             let mut count = 0;
             for moved in waiting.drain(..) {
                 let name = relocation_name(moved.pack);
-                records::put_new(store, &*inner.host, secret, &name, moved.to_bytes())?;
+                match records::put_new(store, &*inner.host, secret, &name, moved.to_bytes()) {
+                    // An earlier prune has moved it, and the list of relocations was late. Its word stands.
+                    Err(RepositoryError::Store { source, .. }) if source.kind == StoreErrorKind::Exists => continue,
+                    other => other?,
+                }
                 count += 1;
             }
             Ok(count)

@@ -5,6 +5,7 @@
 //! ```text
 //! state        names of the packs whose tables are in, and the runs
 //! run-<n>      entries sorted by content id, in blocks of 4 KiB; behind them fences (first id of each block) and a filter
+//! lock         held by the session that uses the directory
 //! ```
 //! Blocks, tails and the state carry tags under a key of the repository. What does not fit is not believed: it is dropped, and built again
 //! from the packs.
@@ -69,11 +70,24 @@ pub(crate) struct Index {
     recent: HashMap<ContentId, Entry>,
     runs: Vec<Run>,
     next_run: u64,
+    /// The lock on the directory. Two sessions in one would only remove each other's runs.
+    _held: Option<File>,
 }
 
 fn cached(path: &Path) -> impl FnOnce(io::Error) -> RepositoryError {
     let path = path.display().to_string();
     move |source| RepositoryError::Cache { path, source }
+}
+
+/// Locks a directory for one session; `None` if another has it.
+fn hold(directory: &Path) -> Result<Option<File>> {
+    let path = directory.join("lock");
+    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(cached(&path))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(e) => Err(cached(&path)(e.into())),
+    }
 }
 
 fn tag(key: &[u8; 32], what: u64, place: u64, bytes: &[u8]) -> [u8; 16] {
@@ -171,7 +185,7 @@ impl Run {
         entries: impl Iterator<Item = Entry>,
     ) -> io::Result<Run> {
         let path = directory.join(format!("run-{number}"));
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
+        let file = File::options().read(true).write(true).create_new(true).open(&path)?;
         let mut out = BufWriter::with_capacity(1 << 20, &file);
         let mut fences: Vec<u64> = Vec::new();
         let mut filter = vec![0_u8; expected.min(MAX_FILTER_BYTES) as usize];
@@ -261,7 +275,18 @@ impl Index {
     /// Opens what the directory has; an empty index if there is none, or none that is to be believed.
     pub(crate) fn open(inner: &Inner, directory: Option<&Path>) -> Result<Index> {
         let key = blake3::derive_key("highwater repository v1 index", inner.secret.master());
-        let directory = directory.map(Path::to_path_buf);
+        // Runs of two sessions never have the same name: entries name packs by numbers that only their own session's state explains.
+        let drawn = Id::random(&*inner.host)?;
+        let next_run = drawn.0.iter().take(8).fold(0, |all, byte| all << 8 | u64::from(*byte)) >> 1;
+        let mut directory = directory.map(Path::to_path_buf);
+        let mut held = None;
+        if let Some(path) = &directory {
+            fs::create_dir_all(path).map_err(cached(path))?;
+            held = hold(path)?;
+            if held.is_none() {
+                directory = None; // Another session has it: this one keeps its index in memory.
+            }
+        }
         let mut index = Index {
             directory,
             key,
@@ -269,10 +294,10 @@ impl Index {
             numbers: HashMap::new(),
             recent: HashMap::new(),
             runs: Vec::new(),
-            next_run: 0,
+            next_run,
+            _held: held,
         };
         if let Some(directory) = index.directory.clone() {
-            fs::create_dir_all(&directory).map_err(cached(&directory))?;
             if index.load(&directory).is_none() {
                 (index.packs, index.numbers, index.runs) = Default::default();
             }
@@ -292,7 +317,6 @@ impl Index {
             return None;
         }
         let mut fields = Fields::of(content);
-        self.next_run = fields.u64().ok()?;
         for _ in 0..fields.count(24).ok()? {
             let run = [fields.u64().ok()?, fields.u64().ok()?, fields.u64().ok()?];
             self.runs.push(Run::open(directory, run, &self.key)?);
@@ -412,8 +436,7 @@ impl Index {
         if !self.recent.is_empty() {
             self.spill()?;
         }
-        let mut content = self.next_run.to_le_bytes().to_vec();
-        content.extend((self.runs.len() as u32).to_le_bytes());
+        let mut content = (self.runs.len() as u32).to_le_bytes().to_vec();
         for run in &self.runs {
             content.extend(run.number.to_le_bytes());
             content.extend(run.entries.to_le_bytes());

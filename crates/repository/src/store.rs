@@ -8,7 +8,7 @@ use std::ops::Range;
 /// For authors: made so that a directory and S3 both fit. No rename, no append, no partial write. What is relied upon:
 ///
 /// - `read`, `read_all` and `look` see every `put` that has returned (S3 promises it).
-/// - `list` may be late: an object put or deleted in the last moments may be missing, or still be there. The bound on how late is the
+/// - `list` may be late: an object put or deleted in the last moments may be missing, or still be there; one that is replaced stays listed. The bound on how late is the
 ///   grace of `prune` (a day unless chosen).
 /// - A put that returned is durable. One that failed may have happened, or may still.
 /// - `put_new` succeeds for one caller of several with the same name.

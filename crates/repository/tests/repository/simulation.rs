@@ -43,6 +43,8 @@ impl Host for SimulatedHost {
 struct Kept {
     content: Arc<Vec<u8>>,
     put_ms: u64,
+    /// When there was first an object of this name: replacing one does not take it out of lists.
+    since_ms: u64,
     /// Deleted then, and perhaps listed still.
     deleted_ms: Option<u64>,
 }
@@ -117,7 +119,10 @@ impl SimulatedStore {
             None => drop(objects.remove(name)),
             Some(content) => {
                 let put_ms = objects.get(name).map_or(0, |o| o.put_ms);
-                objects.insert(name.to_owned(), Kept { content: Arc::new(content), put_ms, deleted_ms: None });
+                objects.insert(
+                    name.to_owned(),
+                    Kept { content: Arc::new(content), put_ms, since_ms: put_ms, deleted_ms: None },
+                );
             }
         }
     }
@@ -126,7 +131,12 @@ impl SimulatedStore {
     pub(crate) fn copy(&self) -> Arc<SimulatedStore> {
         let other = SimulatedStore::new(1, self.host.clone());
         for (name, kept) in &*self.objects.lock().unwrap() {
-            let copied = Kept { content: kept.content.clone(), put_ms: kept.put_ms, deleted_ms: kept.deleted_ms };
+            let copied = Kept {
+                content: kept.content.clone(),
+                put_ms: kept.put_ms,
+                since_ms: kept.since_ms,
+                deleted_ms: kept.deleted_ms,
+            };
             other.objects.lock().unwrap().insert(name.clone(), copied);
         }
         other
@@ -163,8 +173,11 @@ impl SimulatedStore {
 
     fn enter(&self, name: &str, content: &[u8]) {
         assert!(repository::check_name(name), "{name}");
-        let kept = Kept { content: Arc::new(content.to_vec()), put_ms: self.host.now_ms(), deleted_ms: None };
-        self.objects.lock().unwrap().insert(name.to_owned(), kept);
+        let mut objects = self.objects.lock().unwrap();
+        let put_ms = self.host.now_ms();
+        let since_ms = objects.get(name).filter(|o| o.deleted_ms.is_none()).map_or(put_ms, |o| o.since_ms);
+        let kept = Kept { content: Arc::new(content.to_vec()), put_ms, since_ms, deleted_ms: None };
+        objects.insert(name.to_owned(), kept);
     }
 }
 
@@ -220,7 +233,7 @@ impl Store for SimulatedStore {
                 let recent = |ms: u64| late > 0 && now.saturating_sub(ms) < late;
                 let shown = match kept.deleted_ms {
                     Some(ms) => recent(ms) && random.bool(),
-                    None => !recent(kept.put_ms) || random.bool(),
+                    None => !recent(kept.since_ms) || random.bool(),
                 };
                 if shown && name.starts_with(prefix) {
                     let length = kept.content.len() as u64;

@@ -197,6 +197,7 @@ impl World {
         let encrypted = random.u8(..4) > 0;
         let (host, store, repository) = fresh(seed, encrypted);
         let late = [0, 0, 1000][random.usize(..3)];
+        host.pass(1000); // So that lists have the key.
         store.late_ms.store(late, Ordering::Relaxed);
         let prune = PruneOptions {
             grace_ms: if late > 0 { 2000 } else { [0, 2000][random.usize(..2)] },

@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Leaves that a thread verifies at once.
 const VERIFY_LEAVES: usize = 64;
+/// Leaves that are remembered to be good, about 128 MiB: with more, some are read again for the next point.
+const MAX_GOOD: usize = 3 << 20;
 /// Findings that are listed; more are counted.
 const MAX_FINDINGS: usize = 10_000;
 
@@ -217,7 +219,11 @@ impl Repository {
                             match content {
                                 Ok(content) => {
                                     bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
-                                    lock(&good).insert(short(&at.location));
+                                    let mut good = lock(&good);
+                                    if good.len() >= MAX_GOOD {
+                                        good.clear();
+                                    }
+                                    good.insert(short(&at.location));
                                 }
                                 Err(error) => {
                                     let leaf = inner.leaf_bytes();

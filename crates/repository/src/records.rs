@@ -241,3 +241,75 @@ pub(crate) fn put_new(store: &dyn Store, host: &dyn Host, secret: &Secret, name:
     let bytes = sealed::seal(secret, host, name, plain)?;
     sealed::put_own(store, name, &bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::ContentId;
+    use crate::point::{Consistency, Made, Point, PointDisk};
+
+    /// Parses what `bytes` became by a change, a cut or an addition. Whatever they say, nothing panics, and what is longer or shorter is refused.
+    fn mistreat<T>(bytes: &[u8], parse: impl Fn(&[u8]) -> Option<T>) {
+        let mut random = fastrand::Rng::with_seed(bytes.len() as u64);
+        assert!(parse(bytes).is_some());
+        for cut in 0..bytes.len() {
+            assert!(parse(&bytes[..cut]).is_none());
+        }
+        assert!(parse(&[bytes, &[0]].concat()).is_none());
+        for _ in 0..2000 {
+            let mut other = bytes.to_vec();
+            for _ in 0..random.usize(1..4) {
+                let at = random.usize(..other.len());
+                other[at] = if random.bool() { 0xff } else { random.u8(..) };
+            }
+            let _ = parse(&other);
+        }
+    }
+
+    #[test]
+    fn records_come_back_and_nothing_else_is_taken() {
+        let id = Id([3; 16]);
+        let location = Location { pack: Id([5; 16]), offset: 32, length: 99 };
+        let root = Reference { id: ContentId([7; 32]), location };
+        let lease = Lease {
+            id,
+            prunes: false,
+            done: true,
+            settled: true,
+            counter: 9,
+            renewed_ms: 10,
+            point: Some(Id([1; 16])),
+            roots: vec![(2, root)],
+            seen: vec![Id([2; 16])],
+        };
+        assert_eq!(Lease::parse(id, &lease.to_bytes()), Ok(lease.clone()));
+        mistreat(&lease.to_bytes(), |b| Lease::parse(id, b).ok());
+        let packs = vec![Id([8; 16]); 2];
+        let tombstone = Tombstone { id, created_ms: 1, processed_ms: 2, packs, leases: vec![(id, 4)] };
+        assert_eq!(Tombstone::parse(id, &tombstone.to_bytes()), Ok(tombstone.clone()));
+        mistreat(&tombstone.to_bytes(), |b| Tombstone::parse(id, b).ok());
+        let relocation = Relocation { pack: id, frames: vec![(32, location), (131, location)] };
+        assert_eq!(Relocation::parse(id, &relocation.to_bytes()), Ok(relocation.clone()));
+        mistreat(&relocation.to_bytes(), |b| Relocation::parse(id, b).ok());
+        mistreat(&forgotten_bytes(id, 77), |b| parse_forgotten(id, b).ok());
+        let disk = PointDisk {
+            name: "a".into(),
+            size: 1 << 30,
+            made: Made::Compared,
+            identity: vec![("lineage".into(), "1".into())],
+            root: Some(root),
+        };
+        let point = Point {
+            id,
+            created_ms: 5,
+            machine: "m".into(),
+            disks: vec![disk],
+            consistency: Consistency::Off,
+            attachments: vec![("x".into(), vec![1, 2])],
+            predecessor: Some((Id([4; 16]), ContentId([6; 32]))),
+            note: "n".into(),
+        };
+        assert_eq!(Point::parse(id, &point.to_bytes()).unwrap(), point);
+        mistreat(&point.to_bytes(), |b| Point::parse(id, b).ok());
+    }
+}

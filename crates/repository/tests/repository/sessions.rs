@@ -208,3 +208,105 @@ fn a_second_prune_is_refused_and_a_dead_one_is_not_waited_for_for_ever() {
     host.pass(4 * DAY);
     repository.prune(&PruneOptions::default()).unwrap();
 }
+
+/// A point that is forgotten, whose packs a tombstone names that is old enough: the next prune deletes them.
+fn about_to_go(host: &SimulatedHost, repository: &Repository, content: &[u8], options: &PruneOptions) -> Point {
+    let (point, _) = back_up(repository, host, None, content, 0..content.len() / LEAF);
+    repository.forget(point.id).unwrap();
+    assert!(repository.prune(options).unwrap().tombstoned > 0);
+    point
+}
+
+const QUICK: PruneOptions =
+    PruneOptions { grace_ms: 5000, expiry_ms: DAY, young_ms: 0, repack_percent: 50, repack_bytes: 1 << 30 };
+
+#[test]
+fn a_session_that_has_seen_a_tombstone_does_not_keep_its_packs() {
+    let (host, store, repository) = fresh(7, true);
+    let content = noise(1, 30);
+    about_to_go(&host, &repository, &content, &QUICK);
+    let mut backup = Backup::begin(&repository, &options(None), plan(&content, false)).unwrap();
+    host.pass(6000);
+    let pruned = repository.prune(&QUICK).unwrap();
+    assert!(pruned.points == 1 && pruned.packs > 0 && pruned.waiting_for.is_empty(), "{pruned:?}");
+    assert_eq!(store.names("packs/").len(), 0);
+    // And it stores anew what it could have found there.
+    for n in 0..30 {
+        backup.put_leaf(0, n, &content[n as usize * LEAF..][..LEAF]).unwrap();
+    }
+    let (point, counts) = backup.finish(facts(&host)).unwrap();
+    assert_eq!((counts.known, counts.stored), (0, 30));
+    assert!(holds(&repository, &point, &content));
+}
+
+#[test]
+fn a_session_that_has_not_seen_a_tombstone_keeps_its_packs_and_so_does_its_point() {
+    for done in [false, true] {
+        let (host, store, repository) = fresh(8, true);
+        let content = noise(1, 30);
+        let (first, _) = back_up(&repository, &host, None, &content, 0..30);
+        let mut backup = Backup::begin(&repository, &options(None), plan(&content, false)).unwrap();
+        repository.forget(first.id).unwrap();
+        repository.prune(&QUICK).unwrap();
+        host.pass(6000);
+        for n in 0..30 {
+            backup.put_leaf(0, n, &content[n as usize * LEAF..][..LEAF]).unwrap();
+        }
+        let point = if done {
+            let (point, counts) = backup.finish(facts(&host)).unwrap();
+            assert_eq!(counts.known, 30);
+            // The list of points is late: the lease, which is done, leads to it.
+            store.hidden.lock().unwrap().push(format!("points/{}", point.id));
+            assert_eq!(repository.prune(&QUICK).unwrap().packs, 0);
+            point
+        } else {
+            let pruned = repository.prune(&QUICK).unwrap();
+            assert_eq!((pruned.points, pruned.packs, pruned.waiting_for.len()), (1, 0, 1));
+            backup.finish(facts(&host)).unwrap().0
+        };
+        store.hidden.lock().unwrap().clear();
+        host.pass(6000);
+        assert_eq!(repository.prune(&QUICK).unwrap().packs, 0);
+        assert!(holds(&repository, &point, &content));
+    }
+}
+
+#[test]
+fn a_tombstone_waits_for_the_grace_because_lists_are_late() {
+    let (host, store, repository) = fresh(9, true);
+    let content = noise(1, 30);
+    about_to_go(&host, &repository, &content, &QUICK);
+    // A session that the lists show nothing, and that they do not show.
+    *store.hidden.lock().unwrap() = store.names("tombstones/");
+    let mut backup = Backup::begin(&repository, &options(None), plan(&content, false)).unwrap();
+    *store.hidden.lock().unwrap() = store.names("leases/");
+    host.pass(1000);
+    assert_eq!(repository.prune(&QUICK).unwrap().packs, 0);
+    store.hidden.lock().unwrap().clear();
+    for n in 0..30 {
+        backup.put_leaf(0, n, &content[n as usize * LEAF..][..LEAF]).unwrap();
+    }
+    let (point, counts) = backup.finish(facts(&host)).unwrap();
+    assert_eq!(counts.known, 30);
+    host.pass(6000);
+    repository.prune(&QUICK).unwrap();
+    assert!(holds(&repository, &point, &content));
+}
+
+#[test]
+fn a_forgotten_point_is_whole_until_the_grace_has_passed() {
+    let (host, _, repository) = fresh(10, true);
+    let content = noise(1, 30);
+    let (point, _) = back_up(&repository, &host, None, &content, 0..30);
+    // Its packs are named long before it is forgotten for good: marks of forgotten points are young.
+    repository.forget(point.id).unwrap();
+    assert!(repository.point_ids().unwrap().is_empty());
+    let slow = PruneOptions { grace_ms: 100_000, ..QUICK };
+    repository.prune(&slow).unwrap();
+    host.pass(99_000);
+    repository.prune(&slow).unwrap();
+    assert!(holds(&repository, &repository.point(point.id).unwrap(), &content));
+    host.pass(2000);
+    repository.prune(&slow).unwrap();
+    assert!(matches!(repository.point(point.id), Err(RepositoryError::NoPoint { .. })));
+}

@@ -56,6 +56,8 @@ pub(crate) struct SimulatedStore {
     objects: Mutex<BTreeMap<String, Kept>>,
     /// How late lists may be, in milliseconds.
     pub(crate) late_ms: AtomicU64,
+    /// What no list shows.
+    pub(crate) hidden: Mutex<Vec<String>>,
     calls: AtomicU64,
     random: Mutex<fastrand::Rng>,
     /// From this call on nothing works; the call itself may have happened.
@@ -71,6 +73,7 @@ impl SimulatedStore {
             host,
             objects: Mutex::default(),
             late_ms: AtomicU64::new(0),
+            hidden: Mutex::default(),
             calls: AtomicU64::new(0),
             random: Mutex::new(fastrand::Rng::with_seed(seed ^ 0x570e)),
             crash_at: AtomicU64::new(u64::MAX),
@@ -235,7 +238,7 @@ impl Store for SimulatedStore {
                     Some(ms) => recent(ms) && random.bool(),
                     None => !recent(kept.since_ms) || random.bool(),
                 };
-                if shown && name.starts_with(prefix) {
+                if shown && name.starts_with(prefix) && !self.hidden.lock().unwrap().contains(name) {
                     let length = kept.content.len() as u64;
                     listed.push(Object { name: name.clone(), length, put_ms: kept.put_ms });
                 }

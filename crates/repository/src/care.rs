@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Leaves that a thread verifies at once.
-const VERIFY_LEAVES: usize = 64;
+const VERIFY_LEAVES: usize = 16;
 /// Leaves that are remembered to be good, about 128 MiB: with more, some are read again for the next point.
 const MAX_GOOD: usize = 3 << 20;
 /// Findings that are listed; more are counted.

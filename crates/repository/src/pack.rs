@@ -111,8 +111,9 @@ fn about(pack: Id, offset: u64, kind: u8) -> [u8; 25] {
 }
 
 impl PackBuilder {
-    pub(crate) fn new(secret: &Secret, id: Id, capacity: usize) -> PackBuilder {
-        let mut bytes = Vec::with_capacity(capacity);
+    /// Begins a pack in `bytes`, whose content goes and whose room is used.
+    pub(crate) fn new(secret: &Secret, id: Id, mut bytes: Vec<u8>) -> PackBuilder {
+        bytes.clear();
         bytes.extend(MAGIC);
         bytes.extend(1_u32.to_le_bytes());
         bytes.extend([u8::from(secret.encrypted()), 0, 0, 0]);

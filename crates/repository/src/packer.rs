@@ -63,6 +63,8 @@ pub(crate) struct Packer {
     /// Leaves of `pack`: the index knows those of stored packs.
     inside: HashMap<ContentId, Reference>,
     compressor: Compressor,
+    /// The room of the last pack, for the next: memory that is new costs about a third of the time.
+    room: Vec<u8>,
     pub(crate) counts: Counts,
 }
 
@@ -74,6 +76,7 @@ impl Packer {
             pack: None,
             inside: HashMap::new(),
             compressor: Compressor::new(),
+            room: Vec::new(),
             counts: Counts::default(),
         }
     }
@@ -114,9 +117,11 @@ impl Packer {
 
     /// Appends a frame to the open pack.
     pub(crate) fn push(&mut self, kind: FrameKind, id: ContentId, plain: &[u8]) -> Result<Reference> {
-        let capacity = self.inner.settings.pack_bytes as usize + self.inner.max_stored_leaf() + (64 << 10);
         if self.pack.is_none() {
-            self.pack = Some(PackBuilder::new(&self.inner.secret, Id::random(&*self.inner.host)?, capacity));
+            let mut room = std::mem::take(&mut self.room);
+            room.clear();
+            room.reserve(self.inner.settings.pack_bytes as usize + self.inner.max_stored_leaf() + (64 << 10));
+            self.pack = Some(PackBuilder::new(&self.inner.secret, Id::random(&*self.inner.host)?, room));
         }
         let Some(pack) = &mut self.pack else { unreachable!("it has just been made") };
         Ok(Reference { id, location: pack.push(kind, id, plain, &mut self.compressor) })
@@ -138,6 +143,7 @@ impl Packer {
         put_own(&*self.inner.store, &id.pack_name(), &bytes)?;
         self.counts.packs += 1;
         self.counts.pack_bytes += bytes.len() as u64;
+        self.room = bytes;
         self.index.write().unwrap_or_else(PoisonError::into_inner).insert(id, &frames)
     }
 

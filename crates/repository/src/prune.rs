@@ -479,8 +479,11 @@ impl Repository {
                     break;
                 }
                 if open.is_none() {
-                    open =
-                        Some(PackBuilder::new(secret, Id::random(&*inner.host)?, capacity + inner.max_stored_leaf()));
+                    open = Some(PackBuilder::new(
+                        secret,
+                        Id::random(&*inner.host)?,
+                        Vec::with_capacity(capacity + inner.max_stored_leaf()),
+                    ));
                 }
                 let Some(builder) = &mut open else { unreachable!("it has just been made") };
                 moved.frames.push((frame.offset, builder.push(frame.kind, frame.id, &plain, &mut compressor)));

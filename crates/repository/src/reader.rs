@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// Leaves that are fetched together.
-const READ_LEAVES: usize = 64;
+const READ_LEAVES: usize = 16;
 
 /// A disk of a point, for reading. Several threads may use one.
 pub struct DiskReader {

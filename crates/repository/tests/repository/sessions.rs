@@ -213,7 +213,9 @@ fn a_second_prune_is_refused_and_a_dead_one_is_not_waited_for_for_ever() {
 fn about_to_go(host: &SimulatedHost, repository: &Repository, content: &[u8], options: &PruneOptions) -> Point {
     let (point, _) = back_up(repository, host, None, content, 0..content.len() / LEAF);
     repository.forget(point.id).unwrap();
-    assert!(repository.prune(options).unwrap().tombstoned > 0);
+    host.pass(options.grace_ms);
+    let pruned = repository.prune(options).unwrap();
+    assert!(pruned.points == 1 && pruned.tombstoned > 0);
     point
 }
 
@@ -228,7 +230,7 @@ fn a_session_that_has_seen_a_tombstone_does_not_keep_its_packs() {
     let mut backup = Backup::begin(&repository, &options(None), plan(&content, false)).unwrap();
     host.pass(6000);
     let pruned = repository.prune(&QUICK).unwrap();
-    assert!(pruned.points == 1 && pruned.packs > 0 && pruned.waiting_for.is_empty(), "{pruned:?}");
+    assert!(pruned.packs > 0 && pruned.waiting_for.is_empty(), "{pruned:?}");
     assert_eq!(store.names("packs/").len(), 0);
     // And it stores anew what it could have found there.
     for n in 0..30 {
@@ -294,19 +296,53 @@ fn a_tombstone_waits_for_the_grace_because_lists_are_late() {
 }
 
 #[test]
-fn a_forgotten_point_is_whole_until_the_grace_has_passed() {
+fn a_point_that_a_fast_clock_forgot_is_whole_until_it_goes() {
     let (host, _, repository) = fresh(10, true);
     let content = noise(1, 30);
     let (point, _) = back_up(&repository, &host, None, &content, 0..30);
-    // Its packs are named long before it is forgotten for good: marks of forgotten points are young.
+    host.pass(DAY);
     repository.forget(point.id).unwrap();
+    host.set(1_700_000_100_000);
     assert!(repository.point_ids().unwrap().is_empty());
-    let slow = PruneOptions { grace_ms: 100_000, ..QUICK };
-    repository.prune(&slow).unwrap();
-    host.pass(99_000);
-    repository.prune(&slow).unwrap();
-    assert!(holds(&repository, &repository.point(point.id).unwrap(), &content));
-    host.pass(2000);
-    repository.prune(&slow).unwrap();
+    // By this clock the mark is of tomorrow, and the tombstone gets old before it.
+    for _ in 0..5 {
+        repository.prune(&QUICK).unwrap();
+        host.pass(6000);
+        assert!(holds(&repository, &repository.point(point.id).unwrap(), &content));
+    }
+    host.pass(2 * DAY);
+    repository.prune(&QUICK).unwrap();
     assert!(matches!(repository.point(point.id), Err(RepositoryError::NoPoint { .. })));
+}
+
+#[test]
+fn whenever_a_lease_is_taken_for_dead_no_point_is_left_that_lacks_a_pack() {
+    let mut lost = 0;
+    for calls in 0..12 {
+        let (host, store, repository) = fresh(11, true);
+        let content = noise(1, 200);
+        let mut backup = Backup::begin(&repository, &options(None), plan(&content, false)).unwrap();
+        for n in 0..200 {
+            backup.put_leaf(0, n, &content[n as usize * LEAF..][..LEAF]).unwrap();
+        }
+        backup.keep_alive().unwrap();
+        let (other, clock) = (repository.clone(), host.clone());
+        // Between two calls of the session: a prune sees the lease, ten years pass, another takes it for dead.
+        store.interrupt_after(calls, move || {
+            other.prune(&QUICK).unwrap();
+            clock.pass(3650 * DAY);
+            other.prune(&QUICK).unwrap();
+        });
+        match backup.finish(facts(&host)) {
+            Ok((point, _)) => assert!(holds(&repository, &point, &content), "{calls}"),
+            Err(e) => {
+                assert!(matches!(e, RepositoryError::LeaseLost { .. }), "{e}");
+                lost += 1;
+            }
+        }
+        for (_, point) in repository.points().unwrap() {
+            assert!(holds(&repository, &point.unwrap(), &content), "{calls}");
+        }
+    }
+    assert!(lost > 0);
 }

@@ -368,7 +368,7 @@ fn all_space_comes_back() {
             world.host.pass(400_001);
             world.repository.prune(&world.prune).unwrap();
         }
-        for folder in ["packs/", "points/", "forgotten/", "tombstones/", "relocations/", "expired/"] {
+        for folder in ["packs/", "points/", "forgotten/", "tombstones/", "relocations/"] {
             assert_eq!(world.store.names(folder), [""; 0], "left behind");
         }
         assert_eq!(world.store.names("leases/").len(), 1, "the last prune's own");

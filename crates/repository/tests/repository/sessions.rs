@@ -318,7 +318,7 @@ fn a_point_that_a_fast_clock_forgot_is_whole_until_it_goes() {
 #[test]
 fn whenever_a_lease_is_taken_for_dead_no_point_is_left_that_lacks_a_pack() {
     let mut lost = 0;
-    for calls in 0..12 {
+    for calls in 0..40 {
         let (host, store, repository) = fresh(11, true);
         let content = noise(1, 200);
         let mut backup = Backup::begin(&repository, &options(None), plan(&content, false)).unwrap();

@@ -452,3 +452,59 @@ impl Index {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{LocalStore, Repository, Settings, Stretch, SystemHost, Unlock};
+    use std::sync::Arc;
+
+    fn id(n: u64) -> ContentId {
+        ContentId(*blake3::hash(&n.to_le_bytes()).as_bytes())
+    }
+
+    #[test]
+    fn all_that_was_entered_is_found_across_spills_and_merges() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Arc::new(LocalStore::open(folder.path().join("store")).unwrap());
+        let settings = Settings { encrypted: false, ..Settings::default() };
+        let made = Repository::init(store, Arc::new(SystemHost), settings, &Unlock::Open, Stretch::default(), "");
+        let inner = made.unwrap().inner;
+        let directory = folder.path().join("index");
+        let mut index = Index::open(&inner, Some(&directory)).unwrap();
+        const PACKS: u64 = 600;
+        for pack in 0..PACKS {
+            let frame = |n: u64| Frame {
+                kind: FrameKind::Leaf,
+                offset: 32 + n as u32 * 100,
+                length: 100,
+                id: id(pack << 16 | n),
+            };
+            let frames: Vec<Frame> = (0..500).map(frame).collect();
+            index.insert(Id(u128::from(pack).to_le_bytes()), &frames).unwrap();
+        }
+        index.spill().unwrap();
+        // 300,000 entries in runs of which each is at least twice as long as the next.
+        assert!(index.runs.len() <= 5 && index.runs.iter().map(|r| r.entries).sum::<u64>() == 500 * PACKS);
+        for pack in (0..PACKS).step_by(7) {
+            for n in (0..500).step_by(3) {
+                let found = index.find(&id(pack << 16 | n)).unwrap();
+                let location =
+                    Location { pack: Id(u128::from(pack).to_le_bytes()), offset: 32 + n as u32 * 100, length: 100 };
+                assert_eq!(found.location, location);
+            }
+            assert!(index.find(&id(pack << 16 | 501)).is_none());
+        }
+        // A second session has no directory while this one lasts.
+        assert!(Index::open(&inner, Some(&directory)).unwrap().directory.is_none());
+        index.save().unwrap();
+        drop(index);
+        // Opened again: all is there, and nothing is found in packs that are not.
+        let mut index = Index::open(&inner, Some(&directory)).unwrap();
+        assert!(index.find(&id(0)).is_none());
+        index.packs[0].1 = Standing::Usable;
+        assert_eq!(index.find(&id(0)).unwrap().location.offset, 32);
+        index.refresh(&inner, &HashSet::new()).unwrap();
+        assert!(index.find(&id(0)).is_none());
+    }
+}

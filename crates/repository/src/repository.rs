@@ -81,6 +81,13 @@ fn config_bytes(settings: &Settings, id: Id, created_ms: u64) -> Vec<u8> {
     out
 }
 
+fn read_config(store: &dyn Store) -> Result<Vec<u8>> {
+    match store.read_all(CONFIG, 4096) {
+        Err(e) if e.kind == StoreErrorKind::Missing => Err(RepositoryError::NoRepository { object: CONFIG.to_owned() }),
+        read => read.map_err(RepositoryError::store(CONFIG, "read")),
+    }
+}
+
 fn config_tag(master: &[u8; 32], config: &[u8]) -> [u8; 32] {
     *blake3::keyed_hash(&blake3::derive_key("highwater repository v1 config", master), config).as_bytes()
 }
@@ -135,15 +142,17 @@ impl Repository {
         Ok(Repository::with(store, host, secret, settings, id))
     }
 
+    /// Its name and what was decided when it was made, before any key is at hand: not proven yet.
+    pub fn look(store: &dyn Store) -> Result<(Id, Settings)> {
+        let config = read_config(store)?;
+        let content = &config[..config.len().saturating_sub(32)];
+        let (settings, id) = parse_config(content).map_err(|reason| Damage::new(CONFIG, 0, reason))?;
+        Ok((id, settings))
+    }
+
     /// Opens a repository with one of its keys.
     pub fn open(store: Arc<dyn Store>, host: Arc<dyn Host>, key: &Unlock) -> Result<Repository> {
-        let config = match store.read_all(CONFIG, 4096) {
-            Ok(config) => config,
-            Err(e) if e.kind == StoreErrorKind::Missing => {
-                return Err(RepositoryError::NoRepository { object: CONFIG.to_owned() });
-            }
-            Err(e) => return Err(RepositoryError::store(CONFIG, "read")(e)),
-        };
+        let config = read_config(&*store)?;
         let damaged = |reason| Damage::new(CONFIG, 0, reason);
         let (content, tag) =
             config.split_at_checked(config.len().saturating_sub(32)).ok_or(damaged(DamageReason::Short))?;

@@ -7,6 +7,7 @@ mod client;
 mod types;
 
 pub use client::{Client, ClientError, EventStream};
+pub use engine::backup::{BackupReport, BackupSpec, RepositorySpec, RestoreReport, RestoreSpec};
 pub use engine::consolidation::{ConsolidateReport, ConsolidateSpec};
 pub use engine::history::report::{
     ChangedRange, ChangesReport, HistoryReport, KindOfChange, MarkConsistency, MarkReport,

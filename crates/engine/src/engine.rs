@@ -1,5 +1,6 @@
 //! The engine: disks by name, each with its home thread and its exports.
 
+mod backup;
 mod jobs;
 
 use crate::exports::{DefaultSocket, OpenExport, Servers};

@@ -2,6 +2,7 @@
 
 use crate::linkage::LinkFault;
 use disk::DiskError;
+use repository::RepositoryError;
 use std::fmt;
 use std::fs::FileType;
 use std::io;
@@ -89,6 +90,20 @@ pub enum EngineError {
     /// Too many jobs.
     #[error("{0} jobs are running, which is the most; try again when one has ended")]
     TooManyJobs(usize),
+    /// No repository is there.
+    #[error("{}: no repository is there; make one with `highwater repo init`", .directory.display())]
+    NoRepository {
+        /// Where.
+        directory: PathBuf,
+    },
+    /// A repository failed.
+    #[error("repository {}", .directory.display())]
+    Repository {
+        /// Which.
+        directory: PathBuf,
+        /// Why.
+        source: Box<RepositoryError>,
+    },
     /// Nothing is begun any more.
     #[error("the daemon ends; try again when it has started anew")]
     DaemonEnds,
@@ -404,6 +419,7 @@ impl EngineError {
             | Self::NoSuchExport { .. }
             | Self::NoSuchJob(_)
             | Self::NoSuchSnapshot { .. }
+            | Self::NoRepository { .. }
             | Self::NoSuchPath => ErrorClass::NotFound,
             Self::DiskExists(_)
             | Self::Busy { .. }
@@ -462,6 +478,16 @@ impl EngineError {
                 io::ErrorKind::StorageFull => ErrorClass::NoSpace,
                 _ => ErrorClass::Failed,
             },
+            Self::Repository { source, .. } => match &**source {
+                RepositoryError::NoRepository { .. } | RepositoryError::NoPoint { .. } => ErrorClass::NotFound,
+                RepositoryError::Exists { .. }
+                | RepositoryError::Busy { .. }
+                | RepositoryError::LeaseLost { .. }
+                | RepositoryError::Poisoned => ErrorClass::Conflict,
+                RepositoryError::WrongKey { .. } | RepositoryError::Invalid(_) => ErrorClass::Invalid,
+                RepositoryError::Damaged(_) => ErrorClass::Corrupt,
+                _ => ErrorClass::Failed,
+            },
             Self::Catalogue { .. }
             | Self::GuestAgent { .. }
             | Self::NotFrozenThroughout { .. }
@@ -489,6 +515,8 @@ impl EngineError {
                      remove it, or forget it (`highwater chain forget {image} {child}`)"
                 ));
             }
+            // It names the next step itself, and no image is to be checked.
+            Self::Repository { .. } => return None,
             _ => {}
         }
         if let Self::History { source, .. } = self {

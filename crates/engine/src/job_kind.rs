@@ -1,6 +1,7 @@
 //! What jobs there are.
 
 use crate::EngineError;
+use crate::backup::{BackupSpec, RestoreSpec};
 use crate::consolidation::ConsolidateSpec;
 use crate::history::AuditSpec;
 use crate::images::request::{
@@ -35,6 +36,10 @@ pub enum JobKind {
     Promote(PromoteSpec),
     /// Merge a layer of a disk of the daemon into its neighbour, while its guest writes on.
     Consolidate(ConsolidateSpec),
+    /// Make a restore point of disks of the daemon, while their guests write on.
+    Backup(BackupSpec),
+    /// Make an image of a disk of a restore point.
+    Restore(RestoreSpec),
 }
 
 impl JobKind {
@@ -50,6 +55,8 @@ impl JobKind {
             Self::Resize(_) => "resize",
             Self::Promote(_) => "promote",
             Self::Consolidate(_) => "consolidate",
+            Self::Backup(_) => "backup",
+            Self::Restore(_) => "restore",
         }
     }
 
@@ -63,8 +70,10 @@ impl JobKind {
             | Self::Audit(_)
             | Self::Check(_)
             | Self::Measure(_)
-            | Self::Resize(_) => false,
-            Self::Promote(_) | Self::Consolidate(_) => true,
+            | Self::Resize(_)
+            | Self::Restore(_) => false,
+            // A backup takes another instant; what was stored is not stored again.
+            Self::Promote(_) | Self::Consolidate(_) | Self::Backup(_) => true,
         }
     }
 
@@ -75,8 +84,11 @@ impl JobKind {
     pub fn validate(&self) -> Result<(), EngineError> {
         self.sources().into_iter().try_for_each(SourceSpec::validate)?;
         match self {
+            Self::Audit(spec) => spec.point.iter().try_for_each(|point| point.repository.validate())?,
             Self::Promote(spec) => spec.validate()?,
             Self::Consolidate(spec) => spec.validate()?,
+            Self::Backup(spec) => spec.validate()?,
+            Self::Restore(spec) => spec.validate()?,
             _ => {}
         }
         let history = match self {
@@ -93,9 +105,15 @@ impl JobKind {
         match self {
             Self::Convert(spec) => vec![&spec.source],
             Self::Compare(spec) => vec![&spec.first, &spec.second],
-            Self::Audit(spec) => vec![&spec.source, &spec.against],
+            Self::Audit(spec) => [&spec.source].into_iter().chain(&spec.against).collect(),
             Self::Measure(spec) => spec.source.iter().collect(),
-            Self::Create(_) | Self::Check(_) | Self::Resize(_) | Self::Promote(_) | Self::Consolidate(_) => Vec::new(),
+            Self::Create(_)
+            | Self::Check(_)
+            | Self::Resize(_)
+            | Self::Promote(_)
+            | Self::Consolidate(_)
+            | Self::Backup(_)
+            | Self::Restore(_) => Vec::new(),
         }
     }
 
@@ -104,9 +122,15 @@ impl JobKind {
         match self {
             Self::Convert(spec) => vec![&mut spec.source],
             Self::Compare(spec) => vec![&mut spec.first, &mut spec.second],
-            Self::Audit(spec) => vec![&mut spec.source, &mut spec.against],
+            Self::Audit(spec) => [&mut spec.source].into_iter().chain(&mut spec.against).collect(),
             Self::Measure(spec) => spec.source.iter_mut().collect(),
-            Self::Create(_) | Self::Check(_) | Self::Resize(_) | Self::Promote(_) | Self::Consolidate(_) => Vec::new(),
+            Self::Create(_)
+            | Self::Check(_)
+            | Self::Resize(_)
+            | Self::Promote(_)
+            | Self::Consolidate(_)
+            | Self::Backup(_)
+            | Self::Restore(_) => Vec::new(),
         }
     }
 
@@ -118,7 +142,8 @@ impl JobKind {
             Self::Check(spec) => vec![&spec.file],
             Self::Resize(spec) => vec![&spec.file],
             Self::Promote(spec) => vec![&spec.target],
-            Self::Compare(_) | Self::Audit(_) | Self::Measure(_) | Self::Consolidate(_) => Vec::new(),
+            Self::Restore(spec) => vec![&spec.target],
+            Self::Compare(_) | Self::Audit(_) | Self::Measure(_) | Self::Consolidate(_) | Self::Backup(_) => Vec::new(),
         }
     }
 
@@ -144,6 +169,8 @@ impl PartialSchema for JobKind {
             ("resize", ResizeSpec::schema()),
             ("promote", PromoteSpec::schema()),
             ("consolidate", ConsolidateSpec::schema()),
+            ("backup", BackupSpec::schema()),
+            ("restore", RestoreSpec::schema()),
         ];
         let mut one_of = OneOfBuilder::new().description(Some("What a job is to do. Paths are absolute."));
         for (word, schema) in kinds {

@@ -12,6 +12,7 @@
 //!
 //! Invariant: tokio does not appear here.
 
+pub mod backup;
 mod catalogue;
 pub mod consolidation;
 mod durable_file;

@@ -1,6 +1,10 @@
 //! The grammar of the command line. Verbs and options follow qemu-img's habits where it has the verb.
 
+mod backup;
+
+pub(crate) use self::backup::{BackupArgs, ExportPointArgs, RestoreArgs};
 use crate::choices;
+use crate::repository_args::{DiffArgs, ForgetArgs, KeyOfArgs, PointsArgs, RepoVerb};
 use crate::size::{RateArg, parse_new_size, parse_rate, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::images::request::{NewSize, PreallocationMode, RepairMode};
@@ -88,6 +92,12 @@ pub(crate) enum Verb {
     Chain(ChainVerb),
     /// Give a disk a new image that holds all of it, while its guest writes on: a linked clone becomes a full one
     Promote(PromoteArgs),
+    /// Makes a restore point of disks in a repository
+    Backup(BackupArgs),
+    /// Makes an image of a restore point
+    Restore(RestoreArgs),
+    /// Makes an image for others of a restore point: full, or over an earlier one's
+    Export(ExportPointArgs),
     /// Bring a disk to another place, or into another format, while its guest writes on
     Move(PromoteArgs),
     /// Merge a disk's top layer into its parent, which becomes the disk, while its guest writes on
@@ -95,6 +105,15 @@ pub(crate) enum Verb {
     /// Freeze the states of disks under names, go back to them, and make clones of them
     #[command(subcommand)]
     Snapshot(SnapshotVerb),
+    /// Make repositories of backups, and look after them
+    #[command(subcommand)]
+    Repo(RepoVerb),
+    /// Show the restore points of a repository
+    Points(PointsArgs),
+    /// Forget restore points: those that are named, or all that a policy does not keep
+    Forget(ForgetArgs),
+    /// Show how two restore points differ
+    Diff(DiffArgs),
     /// Work with the daemon's disks
     #[command(subcommand)]
     Disk(DiskVerb),
@@ -441,12 +460,23 @@ pub(crate) struct AuditArgs {
     pub(crate) disk: PathBuf,
     #[command(flatten)]
     pub(crate) of: HistoryOfArgs,
-    /// The mark
-    #[arg(long, value_name = "NAME")]
-    pub(crate) since: String,
+    /// The mark [default: the one that was taken for the restore point]
+    #[arg(long, value_name = "NAME", required_unless_present = "repository")]
+    pub(crate) since: Option<String>,
     /// A copy of the disk that was made at the mark
-    #[arg(long, value_name = "FILE")]
-    pub(crate) against: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "repository", conflicts_with = "repository")]
+    pub(crate) against: Option<PathBuf>,
+    /// A repository with a restore point that was made at the mark
+    #[arg(long, value_name = "REPO")]
+    pub(crate) repository: Option<PathBuf>,
+    /// The point: its id, the first digits of it, or `latest`
+    #[arg(long, value_name = "POINT", default_value = "latest", requires = "repository")]
+    pub(crate) point: String,
+    /// Which disk of the point, if it has several
+    #[arg(long, value_name = "NAME", requires = "repository")]
+    pub(crate) point_disk: Option<String>,
+    #[command(flatten)]
+    pub(crate) key: KeyOfArgs,
     /// The copy's format; by its extension when absent
     #[arg(short = 'F', long = "against-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) against_format: Option<Format>,

@@ -16,6 +16,8 @@ pub(crate) const DIFFERENT: u8 = 1;
 pub(crate) const COMPARE_FAILED: u8 = 2;
 /// `chain verify`: a parent is not what its child was bound to.
 pub(crate) const LINK_FAULT: u8 = 2;
+/// `repo check`, `repo verify`: something is damaged.
+pub(crate) const DAMAGED: u8 = 2;
 /// `check`: the format has nothing to check.
 pub(crate) const CHECK_UNSUPPORTED: u8 = 63;
 /// Stopped by Ctrl-C.

@@ -9,6 +9,7 @@ mod format_options;
 mod http;
 mod output;
 mod progress;
+mod repository_args;
 mod size;
 mod tree_picture;
 
@@ -30,8 +31,8 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no errors; 2 would mean a corrupt image to who runs `check`, and a fault to who runs
-            // `chain verify`.
+            // Help and version are no errors; 2 would mean a corrupt image to who runs `check`, a fault to who runs
+            // `chain verify`, and damage to who runs `repo check`.
             let code = match error.use_stderr() {
                 false => exit::OK,
                 true if is_verdict(&args) => exit::FAILED,
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether the verb is `check` or of `chain`, in a command line that was not understood.
+/// Whether the verb is `check`, or of `chain` or `repo`, in a command line that was not understood.
 fn is_verdict(args: &[OsString]) -> bool {
     let mut words = args.iter().skip(1).map(|arg| arg.to_string_lossy());
     while let Some(word) = words.next() {
@@ -60,7 +61,7 @@ fn is_verdict(args: &[OsString]) -> bool {
                 words.next();
             }
             word if word.starts_with('-') => {}
-            word => return word == "check" || word == "chain",
+            word => return matches!(word, "check" | "chain" | "repo"),
         }
     }
     false

@@ -131,13 +131,18 @@ impl Engine {
             | JobKind::Audit(_)
             | JobKind::Check(_)
             | JobKind::Measure(_)
-            | JobKind::Resize(_) => {
+            | JobKind::Resize(_)
+            | JobKind::Restore(_) => {
                 let workshop = self.workshop();
                 Box::pin(async move { workshop.perform(kind, job.progress().clone()).await })
             }
             JobKind::Promote(spec) => {
                 let this = Arc::clone(self);
                 Box::pin(async move { this.promote(spec, job).await })
+            }
+            JobKind::Backup(spec) => {
+                let this = Arc::clone(self);
+                Box::pin(async move { this.backup(spec, job).await })
             }
             JobKind::Consolidate(spec) => {
                 let this = Arc::clone(self);

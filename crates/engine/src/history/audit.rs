@@ -7,6 +7,7 @@ use super::HistorySource;
 use super::offline::{name_of, open_with_history};
 use super::report::KindOfChange;
 use crate::EngineError;
+use crate::backup::{PointSpec, Proof};
 use crate::images::request::SourceSpec;
 use crate::images::stack::Stack;
 use crate::images::{Progress, Workshop, closing, open_source};
@@ -51,10 +52,15 @@ pub struct AuditSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub history_file: Option<std::path::PathBuf>,
-    /// What is called unchanged since this mark is looked at.
-    pub since: String,
+    /// What is called unchanged since this mark is looked at; the restore point's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
     /// A copy of the disk that was made at the mark.
-    pub against: SourceSpec,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against: Option<SourceSpec>,
+    /// Instead of a copy: a restore point that was made at the mark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<PointSpec>,
     /// How much to look at, in percent of what is called unchanged, chosen at random; all when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sample: Option<u8>,
@@ -208,22 +214,41 @@ impl Workshop {
         }
         if let Some(live) = spec.source.live.clone() {
             // Beside the disk, as its guest's requests are.
-            return live.home.with(move |stack| async move { against_copy(&stack, &spec, &progress).await }).await;
+            return live.home.with(move |stack| async move { against(&stack, &spec, &progress).await }).await;
         }
         self.run(move || async move {
             let history = super::HistorySpec { file: spec.history_file.clone(), ..super::HistorySpec::default() };
             let source = HistorySource { file: spec.source.file.clone(), format: spec.source.format, history };
             let stack = open_with_history(&source, false).await?;
             tracing::debug!(image = name_of(&source), "audited");
-            let report = against_copy(&stack, &spec, &progress).await;
+            let report = against(&stack, &spec, &progress).await;
             closing(&stack, report).await
         })
         .await
     }
 }
 
-async fn against_copy(stack: &Stack, spec: &AuditSpec, progress: &Progress) -> Result<AuditReport, EngineError> {
-    let copy = Copy(open_source(&spec.against).await?);
-    let report = audit(stack, &spec.since, &copy, spec.sample, progress).await;
-    closing(&copy.0, report).await
+async fn against(stack: &Stack, spec: &AuditSpec, progress: &Progress) -> Result<AuditReport, EngineError> {
+    match (&spec.against, &spec.point, &spec.since) {
+        (Some(copy), None, Some(since)) => {
+            let copy = Copy(open_source(copy).await?);
+            let report = audit(stack, since, &copy, spec.sample, progress).await;
+            closing(&copy.0, report).await
+        }
+        (None, Some(point), since) => {
+            let proof = Proof::open(point.clone()).await?;
+            let since = since.as_ref().or(proof.mark.as_ref()).ok_or_else(|| {
+                EngineError::Invalid(format!(
+                    "no mark was taken for point {}; it proves nothing of changes",
+                    point.point
+                ))
+            })?;
+            audit(stack, since, &proof, spec.sample, progress).await
+        }
+        _ => Err(EngineError::Invalid(
+            "an audit is against a copy that was made at a mark (--since, --against), or against a restore point \
+             (--repository)"
+                .to_owned(),
+        )),
+    }
 }

@@ -14,7 +14,7 @@ pub(crate) mod contexts;
 pub(crate) mod host;
 mod lot;
 pub(crate) mod marking;
-mod offline;
+pub(crate) mod offline;
 mod parked;
 pub(crate) mod questions;
 pub mod report;
@@ -23,6 +23,7 @@ mod spec;
 mod switching;
 pub(crate) mod views;
 
+pub(crate) use audit::PointContent;
 pub use audit::{AuditReport, AuditSpec};
 pub use marking::{FreezeSpec, MarkSpec};
 pub use offline::{HistorySource, refuse_freeze};

@@ -27,7 +27,7 @@ pub struct HistorySource {
     pub history: HistorySpec,
 }
 
-pub(super) async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
+pub(crate) async fn open(source: &HistorySource, writable: bool) -> Result<Rc<Stack>, EngineError> {
     let format = offload_format(source.file.clone(), source.format).await?;
     let request = OpenRequest {
         writable,
@@ -206,7 +206,7 @@ impl Workshop {
     }
 }
 
-async fn mark_all(stacks: &[(String, Rc<Stack>)], name: &str) -> Result<Vec<MarkReport>, EngineError> {
+pub(crate) async fn mark_all(stacks: &[(String, Rc<Stack>)], name: &str) -> Result<Vec<MarkReport>, EngineError> {
     for (_, stack) in stacks {
         if let Err(error) = stack.hold(name).await {
             stacks.iter().for_each(|(_, stack)| stack.release());

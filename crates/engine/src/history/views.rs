@@ -82,15 +82,14 @@ impl OpenView {
 }
 
 /// What is served of a view.
-pub(crate) fn served(home: &Home, disk: DiskId, mark: &str) -> Served {
+pub(crate) fn served(home: &Home, of: DiskId, mark: &str) -> Served {
     let id = home.id;
-    Served {
-        thread: home.thread.clone(),
-        disk: Arc::new(move || {
-            VIEWS.with_borrow(|views| views.get(&id).map(|view| DiskHandle::from_rc(Rc::clone(view))))
-        }),
-        contexts: contexts::of_view(disk, mark),
-    }
+    Served { thread: home.thread.clone(), disk: Arc::new(move || disk(id)), contexts: contexts::of_view(of, mark) }
+}
+
+/// A view of this thread, to be read.
+pub(crate) fn disk(id: DiskId) -> Option<DiskHandle> {
+    VIEWS.with_borrow(|views| views.get(&id).map(|view| DiskHandle::from_rc(Rc::clone(view))))
 }
 
 /// Keeps a view on this thread.

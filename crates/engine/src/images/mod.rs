@@ -161,7 +161,8 @@ impl Workshop {
             JobKind::Check(spec) => value(self.check(spec, progress).await?),
             JobKind::Measure(spec) => value(self.measure(spec, progress).await?),
             JobKind::Resize(spec) => value(self.resize(spec, progress).await?),
-            JobKind::Promote(_) | JobKind::Consolidate(_) => {
+            JobKind::Restore(spec) => value(self.restore(spec, progress).await?),
+            JobKind::Promote(_) | JobKind::Consolidate(_) | JobKind::Backup(_) => {
                 Err(EngineError::Invalid("only a job of the daemon can work on its disks".to_owned()))
             }
         }

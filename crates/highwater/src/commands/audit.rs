@@ -7,6 +7,7 @@ use crate::output;
 use crate::progress;
 use crate::size::human;
 use api::JobKind;
+use engine::backup::PointSpec;
 use engine::history::{AuditReport, AuditSpec};
 use engine::images::Progress;
 use engine::images::request::SourceSpec;
@@ -14,12 +15,20 @@ use engine::images::request::SourceSpec;
 pub(crate) async fn run(global: &Global, args: AuditArgs) -> Outcome {
     let options = target::history_options(&args.of);
     let (daemon, source) = target::source(global, &args.disk, SourceSpec::of("", args.of.format), &options).await?;
-    let against = SourceSpec::of(args.against, args.against_format);
+    let against = args.against.map(|copy| SourceSpec::of(copy, args.against_format));
+    let point = match &args.repository {
+        None => None,
+        Some(place) => {
+            let repository = args.key.spec(place)?;
+            Some(PointSpec { repository, point: args.point, disk: args.point_disk })
+        }
+    };
     let history_file = args.of.history_file.as_deref().map(target::absolute).transpose()?;
-    let spec = AuditSpec { source, history_file, since: args.since, against, sample: args.sample };
+    let spec = AuditSpec { source, history_file, since: args.since, against, point, sample: args.sample };
     let report: AuditReport = match daemon {
         Some(client) => {
-            let (source, against) = (target::from_the_root(spec.source)?, target::from_the_root(spec.against)?);
+            let source = target::from_the_root(spec.source)?;
+            let against = spec.against.map(target::from_the_root).transpose()?;
             jobs::perform(global, &client, &JobKind::Audit(AuditSpec { source, against, ..spec }), None).await?
         }
         None => {

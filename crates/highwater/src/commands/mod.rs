@@ -2,6 +2,7 @@
 
 mod attach;
 mod audit;
+mod backup;
 mod chain;
 mod changes;
 mod check;
@@ -16,7 +17,9 @@ mod jobs;
 mod map;
 mod marks;
 mod measure;
+mod points;
 mod relocate;
+mod repo;
 mod resize;
 mod serve;
 mod snapshots;
@@ -63,11 +66,18 @@ pub(crate) fn run(cli: Cli) -> Outcome {
             Verb::Mark(args) => marks::mark(&global, args).await,
             Verb::Marks(verb) => marks::run(&global, verb).await,
             Verb::Views(verb) => views::run(&global, verb).await,
+            Verb::Backup(args) => backup::backup(&global, args).await,
+            Verb::Restore(args) => backup::restore(&global, args).await,
+            Verb::Export(args) => backup::export(&global, args).await,
             Verb::Promote(args) | Verb::Move(args) => relocate::promote(&global, args).await,
             Verb::Commit(args) => relocate::commit(&global, args).await,
             Verb::Snapshot(verb) => snapshots::run(&global, verb).await,
             Verb::Changes(args) => changes::run(&global, args).await,
             Verb::Chain(verb) => chain::run(&global, verb).await,
+            Verb::Repo(verb) => repo::run(&global, verb).await,
+            Verb::Points(args) => points::points(&global, args).await,
+            Verb::Forget(args) => points::forget(&global, args).await,
+            Verb::Diff(args) => points::diff(&global, args).await,
             Verb::Disk(verb) => disks::run(&global, verb).await,
             Verb::Jobs(verb) => jobs::run(&global, verb).await,
             Verb::Status => status::status(&global).await,

@@ -1,6 +1,8 @@
 //! The real binary, judged by qemu-img and real NBD clients.
 
 mod audit;
+mod backup;
+mod backup_random;
 mod bitmaps;
 mod chain;
 mod changes;
@@ -14,6 +16,7 @@ mod long_work;
 mod marks;
 mod relocate;
 mod relocate_kill;
+mod repo;
 mod safety;
 mod scripted_agent;
 mod serve;

@@ -1,0 +1,168 @@
+//! What a backup is built upon, and how each disk's changes are known.
+//!
+//! A consumer of a history remembers one mark. Here the repository remembers it: a point's disk names the mark that was taken for it, by
+//! name and id, and the history's lineage. If the disk's history still has that very mark, and trusts it, what has changed since is
+//! known. In any other case all of the disk is read, and compared with the point's hashes: never is a leaf inherited on faith.
+
+use super::pass::Between;
+use super::{BackupHow, BackupKind, RepositorySpec};
+use crate::EngineError;
+use crate::history::host::random_id;
+use crate::images::stack::Stack;
+use repository::{DiskPlan, Id, Made, Point, PointDisk, Repository};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Names of what a point's disk remembers.
+const MARK: &str = "mark";
+const MARK_ID: &str = "mark-id";
+const LINEAGE: &str = "lineage";
+const FORMAT: &str = "format";
+const FILE: &str = "file";
+
+/// An open repository, and what the machine has in it.
+pub(super) struct Base {
+    pub(super) repository: Repository,
+    /// The machine's newest point that can be read.
+    predecessor: Option<Point>,
+    /// Marks of backups to this repository begin like this.
+    prefix: String,
+    /// Of the mark of this backup.
+    pub(super) mark: String,
+}
+
+/// How a disk is to be read.
+#[derive(Clone, Debug)]
+pub(super) struct Decision {
+    pub(super) kind: BackupKind,
+    /// Why it is not incremental, when there is a disk to build upon.
+    pub(super) reason: Option<String>,
+    since: Option<String>,
+}
+
+impl Decision {
+    /// The marks between which the disk changed.
+    pub(super) fn between(&self, until: &str) -> Option<Between> {
+        self.since.clone().map(|since| Between { since, until: until.to_owned() })
+    }
+}
+
+impl Base {
+    /// Opens the repository. Blocks.
+    pub(super) fn open(spec: &RepositorySpec, machine: &str) -> Result<Self, EngineError> {
+        let repository = spec.open()?;
+        let points = repository.points().map_err(|e| spec.failed(e))?;
+        let mut predecessor = None;
+        for (id, point) in points.into_iter().rev() {
+            match point {
+                Ok(point) if point.machine == machine => {
+                    predecessor = Some(point);
+                    break;
+                }
+                Ok(_) => {}
+                Err(error) => tracing::warn!(point = %id, %error, "a restore point cannot be read"),
+            }
+        }
+        let prefix = format!("backup-{}-", short(repository.id()));
+        let mark = format!("{prefix}{}", &random_id().to_string()[..8]);
+        Ok(Self { repository, predecessor, prefix, mark })
+    }
+
+    pub(super) fn predecessor(&self) -> Option<Id> {
+        self.predecessor.as_ref().map(|point| point.id)
+    }
+
+    /// How a disk is to be read. On the disk's thread.
+    pub(super) fn decide(&self, name: &str, stack: &Stack, how: &BackupHow) -> Decision {
+        let Some(disk) = self.predecessor.as_ref().and_then(|point| point.disk(name)) else {
+            return Decision { kind: BackupKind::Full, reason: None, since: None };
+        };
+        let remembered: BTreeMap<&str, &str> =
+            disk.identity.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        match since(&remembered, stack, how) {
+            Ok(since) => Decision { kind: BackupKind::Incremental, reason: None, since: Some(since) },
+            Err(reason) => Decision { kind: BackupKind::Compared, reason: Some(reason), since: None },
+        }
+    }
+
+    /// A disk as the repository is told of it; `marked` once the mark of this backup is taken.
+    pub(super) fn plan(&self, name: &str, size: u64, decision: &Decision, stack: &Stack, marked: bool) -> DiskPlan {
+        let mut identity = vec![
+            (FORMAT.to_owned(), stack.format().name().to_owned()),
+            (FILE.to_owned(), stack.image().display().to_string()),
+        ];
+        let history = stack.history_report();
+        if marked
+            && let Ok(mark) = stack.mark_named(name, &self.mark)
+            && let Some(lineage) = history.lineage
+        {
+            identity.extend([
+                (MARK.to_owned(), mark.name),
+                (MARK_ID.to_owned(), mark.id),
+                (LINEAGE.to_owned(), lineage),
+            ]);
+        }
+        let made = match decision.kind {
+            BackupKind::Full => Made::Full,
+            BackupKind::Incremental => Made::Incremental,
+            BackupKind::Compared => Made::Compared,
+        };
+        DiskPlan { name: name.to_owned(), size, inherit: decision.kind != BackupKind::Full, made, identity }
+    }
+
+    /// Forgets this repository's marks but that one, or all.
+    pub(super) async fn forget_marks(&self, stack: &Stack, but: Option<&str>) {
+        forget_marks(stack, &self.prefix, but).await;
+    }
+
+    /// Where the repository's index is kept.
+    pub(super) fn cache(&self) -> Option<PathBuf> {
+        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path: &PathBuf| path.is_absolute());
+        let caches = absolute("XDG_CACHE_HOME")
+            .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+            .unwrap_or_else(|| PathBuf::from("/var/cache"));
+        Some(caches.join("highwater/index").join(self.repository.id().to_string()))
+    }
+}
+
+/// The mark that was taken for a disk of a point.
+pub(super) fn mark_of(disk: &PointDisk) -> Option<&str> {
+    disk.identity.iter().find(|(name, _)| name == MARK).map(|(_, value)| value.as_str())
+}
+
+fn short(id: Id) -> String {
+    id.to_string()[..8].to_owned()
+}
+
+/// The mark since which changes are known, or why there is none.
+fn since(remembered: &BTreeMap<&str, &str>, stack: &Stack, how: &BackupHow) -> Result<String, String> {
+    if how.compare {
+        return Err("that was asked for".to_owned());
+    }
+    let (Some(name), Some(id), Some(lineage)) =
+        (remembered.get(MARK), remembered.get(MARK_ID), remembered.get(LINEAGE))
+    else {
+        return Err("no mark was taken for the last backup".to_owned());
+    };
+    let history = stack.history_report();
+    if !history.kept {
+        return Err(history.reason.unwrap_or_else(|| "no history is kept".to_owned()));
+    }
+    let mark = stack.mark_named("", name).map_err(|_| "its history does not have the last backup's mark".to_owned())?;
+    if let Some(reason) = mark.refused {
+        return Err(reason);
+    }
+    if mark.id != *id || history.lineage.as_deref() != Some(*lineage) {
+        return Err("its history is not the one that the last backup's mark was taken in".to_owned());
+    }
+    Ok(mark.name)
+}
+
+async fn forget_marks(stack: &Stack, prefix: &str, but: Option<&str>) {
+    let Ok(marks) = stack.marks("") else { return };
+    for mark in marks.into_iter().filter(|mark| mark.name.starts_with(prefix) && Some(mark.name.as_str()) != but) {
+        if let Err(error) = stack.delete_mark(&mark.name).await {
+            tracing::warn!(mark = mark.name, error = crate::chain_text(&error), "a mark of an old backup is left");
+        }
+    }
+}

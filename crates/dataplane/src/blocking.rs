@@ -34,6 +34,9 @@ static OFFLOAD: LazyLock<Arc<Pool>> = LazyLock::new(|| {
     Pool::new("offload", cores.max(4))
 });
 
+/// Calls to what may be far away and slow, so that they take no thread from those that a guest waits for.
+static REMOTE: LazyLock<Arc<Pool>> = LazyLock::new(|| Pool::new("remote", 32));
+
 impl Pool {
     fn new(name: &'static str, bound: usize) -> Arc<Self> {
         let state = Mutex::new(State { jobs: VecDeque::new(), workers: 0, idle: 0 });
@@ -92,8 +95,20 @@ impl Pool {
 /// # Panics
 /// Passes on a panic of `f`.
 pub async fn offload<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    run_on(&OFFLOAD, f).await
+}
+
+/// The same for calls to what may be far away, slow, or hang: they take no thread from those of [`offload`], for which guests wait.
+///
+/// # Panics
+/// Passes on a panic of `f`.
+pub async fn offload_remote<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    run_on(&REMOTE, f).await
+}
+
+async fn run_on<T: Send + 'static>(pool: &Arc<Pool>, f: impl FnOnce() -> T + Send + 'static) -> T {
     let (send, receive) = futures_channel::oneshot::channel();
-    OFFLOAD.run(Box::new(move || {
+    pool.run(Box::new(move || {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
         let _ = send.send(result); // Nobody may wait any more.
     }));

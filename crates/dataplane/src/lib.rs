@@ -25,7 +25,7 @@ mod op;
 mod task;
 mod time;
 
-pub use blocking::offload;
+pub use blocking::{offload, offload_remote};
 pub use driver::Backend;
 pub use executor::block_on;
 pub use io_thread::{IoThread, IoThreads, IoThreadsConfig, Remote, Stopped, current};

@@ -460,8 +460,8 @@ pub(crate) struct AuditArgs {
     pub(crate) disk: PathBuf,
     #[command(flatten)]
     pub(crate) of: HistoryOfArgs,
-    /// The mark [default: the one that was taken for the restore point]
-    #[arg(long, value_name = "NAME", required_unless_present = "repository")]
+    /// The mark; a restore point has its own
+    #[arg(long, value_name = "NAME", required_unless_present = "repository", conflicts_with = "repository")]
     pub(crate) since: Option<String>,
     /// A copy of the disk that was made at the mark
     #[arg(long, value_name = "FILE", required_unless_present = "repository", conflicts_with = "repository")]
@@ -472,6 +472,9 @@ pub(crate) struct AuditArgs {
     /// The point: its id, the first digits of it, or `latest`
     #[arg(long, value_name = "POINT", default_value = "latest", requires = "repository")]
     pub(crate) point: String,
+    /// Of which machine, when `latest` could be of several
+    #[arg(long, value_name = "NAME", requires = "repository")]
+    pub(crate) vm: Option<String>,
     /// Which disk of the point, if it has several
     #[arg(long, value_name = "NAME", requires = "repository")]
     pub(crate) point_disk: Option<String>,

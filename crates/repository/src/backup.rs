@@ -301,8 +301,8 @@ impl Backup {
             records::put_new(&**store, &**host, secret, &forgotten_name(id), mark)?;
             return Err(lost);
         }
-        self.lease.end()?;
-        // The point is made; an index that cannot be saved is built again.
+        // The point is made: a lease that is left runs out, and an index that cannot be saved is built again.
+        let _ = self.lease.end();
         let _ = self.index.write().unwrap_or_else(PoisonError::into_inner).save();
         Ok((point, counts))
     }

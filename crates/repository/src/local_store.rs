@@ -2,10 +2,10 @@
 
 use crate::store::{Object, Store, StoreError, StoreErrorKind, check_name};
 use rustix::fs::{RenameFlags, renameat_with};
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
@@ -113,7 +113,8 @@ fn make_directory(path: &Path) -> io::Result<()> {
     if let Some(above) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         make_directory(above)?;
     }
-    match fs::create_dir(path) {
+    // For this user alone: what is not encrypted is a disk for all to read.
+    match DirBuilder::new().mode(0o700).create(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
         other => other?,
     }

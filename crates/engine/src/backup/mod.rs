@@ -5,6 +5,7 @@
 
 mod care;
 mod difference;
+mod find;
 mod forget;
 mod init;
 mod key_files;

@@ -8,6 +8,7 @@ use super::pass::Between;
 use super::{BackupHow, BackupKind, RepositorySpec};
 use crate::EngineError;
 use crate::history::host::random_id;
+use crate::history::report::MarkReport;
 use crate::images::stack::Stack;
 use repository::{DiskPlan, Id, Made, Point, PointDisk, Repository};
 use std::collections::BTreeMap;
@@ -20,12 +21,14 @@ const LINEAGE: &str = "lineage";
 const FORMAT: &str = "format";
 const FILE: &str = "file";
 
+const ASKED_FOR: &str = "that was asked for";
+
 /// An open repository, and what the machine has in it.
 pub(super) struct Base {
     pub(super) repository: Repository,
     /// The machine's newest point that can be read.
     predecessor: Option<Point>,
-    /// Marks of backups to this repository begin like this.
+    /// Marks of this machine's backups to this repository begin like this.
     prefix: String,
     /// Of the mark of this backup.
     pub(super) mark: String,
@@ -41,6 +44,18 @@ pub(super) struct Decision {
 }
 
 impl Decision {
+    /// The same where no mark could be taken: what changes while it is read would not be known.
+    pub(super) fn without_mark(self) -> Self {
+        match self.since {
+            None => self,
+            Some(_) => Self {
+                kind: BackupKind::Compared,
+                reason: Some("another disk of the machine has no history, so that no mark was taken".to_owned()),
+                since: None,
+            },
+        }
+    }
+
     /// The marks between which the disk changed.
     pub(super) fn between(&self, until: &str) -> Option<Between> {
         self.since.clone().map(|since| Between { since, until: until.to_owned() })
@@ -51,19 +66,19 @@ impl Base {
     /// Opens the repository. Blocks.
     pub(super) fn open(spec: &RepositorySpec, machine: &str) -> Result<Self, EngineError> {
         let repository = spec.open()?;
-        let points = repository.points().map_err(|e| spec.failed(e))?;
         let mut predecessor = None;
-        for (id, point) in points.into_iter().rev() {
-            match point {
+        // One by one, as each may have megabytes beside its disks.
+        for id in repository.point_ids().map_err(|e| spec.failed(e))?.into_iter().rev() {
+            match repository.point(id) {
                 Ok(point) if point.machine == machine => {
-                    predecessor = Some(point);
+                    predecessor = Some(Point { attachments: Vec::new(), ..point });
                     break;
                 }
                 Ok(_) => {}
                 Err(error) => tracing::warn!(point = %id, %error, "a restore point cannot be read"),
             }
         }
-        let prefix = format!("backup-{}-", short(repository.id()));
+        let prefix = format!("backup-{}-{}-", short(repository.id()), &blake3::hash(machine.as_bytes()).to_hex()[..8]);
         let mark = format!("{prefix}{}", &random_id().to_string()[..8]);
         Ok(Self { repository, predecessor, prefix, mark })
     }
@@ -72,11 +87,39 @@ impl Base {
         self.predecessor.as_ref().map(|point| point.id)
     }
 
+    fn disk(&self, name: &str) -> Option<&PointDisk> {
+        self.predecessor.as_ref().and_then(|point| point.disk(name))
+    }
+
+    /// Refuses disks that have the names of others: of files, whose names say little.
+    pub(super) fn refuse_others<'a>(
+        &self,
+        machine: &str,
+        files: impl Iterator<Item = (&'a str, PathBuf)>,
+    ) -> Result<(), EngineError> {
+        for (name, file) in files {
+            let was = self.disk(name).and_then(|disk| disk.identity.iter().find(|(name, _)| name == FILE));
+            if let Some((_, was)) = was
+                && *was != file.display().to_string()
+            {
+                return Err(EngineError::Invalid(format!(
+                    "{}: the repository has a machine {machine} already, whose disk {name} was {was}; if this is it, say so with \
+                     --vm {machine}, and if not, give it another name there",
+                    file.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// How a disk is to be read. On the disk's thread.
     pub(super) fn decide(&self, name: &str, stack: &Stack, how: &BackupHow) -> Decision {
-        let Some(disk) = self.predecessor.as_ref().and_then(|point| point.disk(name)) else {
+        let Some(disk) = self.disk(name) else {
             return Decision { kind: BackupKind::Full, reason: None, since: None };
         };
+        if how.full {
+            return Decision { kind: BackupKind::Full, reason: Some(ASKED_FOR.to_owned()), since: None };
+        }
         let remembered: BTreeMap<&str, &str> =
             disk.identity.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         match since(&remembered, stack, how) {
@@ -125,9 +168,10 @@ impl Base {
     }
 }
 
-/// The mark that was taken for a disk of a point.
-pub(super) fn mark_of(disk: &PointDisk) -> Option<&str> {
-    disk.identity.iter().find(|(name, _)| name == MARK).map(|(_, value)| value.as_str())
+/// Name and id of the mark that was taken for a disk of a point.
+pub(super) fn mark_of(disk: &PointDisk) -> Option<(String, String)> {
+    let value = |wanted: &str| disk.identity.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.clone());
+    value(MARK).zip(value(MARK_ID))
 }
 
 fn short(id: Id) -> String {
@@ -137,7 +181,7 @@ fn short(id: Id) -> String {
 /// The mark since which changes are known, or why there is none.
 fn since(remembered: &BTreeMap<&str, &str>, stack: &Stack, how: &BackupHow) -> Result<String, String> {
     if how.compare {
-        return Err("that was asked for".to_owned());
+        return Err(ASKED_FOR.to_owned());
     }
     let (Some(name), Some(id), Some(lineage)) =
         (remembered.get(MARK), remembered.get(MARK_ID), remembered.get(LINEAGE))
@@ -160,7 +204,11 @@ fn since(remembered: &BTreeMap<&str, &str>, stack: &Stack, how: &BackupHow) -> R
 
 async fn forget_marks(stack: &Stack, prefix: &str, but: Option<&str>) {
     let Ok(marks) = stack.marks("") else { return };
-    for mark in marks.into_iter().filter(|mark| mark.name.starts_with(prefix) && Some(mark.name.as_str()) != but) {
+    // A later one belongs to a backup that is still at work.
+    let until = marks.iter().find(|mark| Some(mark.name.as_str()) == but).map_or(u64::MAX, |mark| mark.time);
+    let old =
+        |mark: &MarkReport| mark.name.starts_with(prefix) && Some(mark.name.as_str()) != but && mark.time <= until;
+    for mark in marks.into_iter().filter(old) {
         if let Err(error) = stack.delete_mark(&mark.name).await {
             tracing::warn!(mark = mark.name, error = crate::chain_text(&error), "a mark of an old backup is left");
         }

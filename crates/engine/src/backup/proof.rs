@@ -1,8 +1,8 @@
 //! What a disk held at a restore point, as its leaves' hashes tell: what a history calls unchanged since is proven by it.
 
 use super::RepositorySpec;
+use super::find::Opened;
 use super::plan::mark_of;
-use super::restore::Opened;
 use crate::EngineError;
 use crate::history::PointContent;
 use disk::{Buf, LocalFuture};
@@ -19,6 +19,9 @@ pub struct PointSpec {
     pub repository: RepositorySpec,
     /// The point: its id, as many of its first digits as tell it from others, or `latest`.
     pub point: String,
+    /// Of which machine, when `latest` could be of several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
     /// Which disk of it, if it has several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
@@ -29,16 +32,17 @@ pub(crate) struct Proof {
     spec: RepositorySpec,
     repository: Repository,
     reader: Arc<DiskReader>,
-    /// The mark that was taken for it, if one was.
-    pub(crate) mark: Option<String>,
+    /// Name and id of the mark that was taken for it, if one was.
+    pub(crate) mark: Option<(String, String)>,
 }
 
 impl Proof {
     pub(crate) async fn open(spec: PointSpec) -> Result<Self, EngineError> {
-        dataplane::offload(move || {
-            let Opened { repository, disk, .. } = Opened::find(&spec.repository, &spec.point, spec.disk.as_deref())?;
+        dataplane::offload_remote(move || {
+            let Opened { repository, disk, .. } =
+                Opened::find(&spec.repository, &spec.point, spec.machine.as_deref(), spec.disk.as_deref())?;
             let reader = Arc::new(repository.disk(&disk, 0));
-            Ok(Self { spec: spec.repository, repository, reader, mark: mark_of(&disk).map(str::to_owned) })
+            Ok(Self { spec: spec.repository, repository, reader, mark: mark_of(&disk) })
         })
         .await
     }
@@ -47,13 +51,18 @@ impl Proof {
 impl PointContent for Proof {
     fn held<'a>(&'a self, offset: u64, bytes: &'a Buf) -> LocalFuture<'a, Result<Option<bool>, EngineError>> {
         let (repository, reader, bytes) = (self.repository.clone(), Arc::clone(&self.reader), Buf::copy_of(bytes));
-        let compared = dataplane::offload(move || is_equal(&repository, &reader, offset, &bytes));
+        let compared = dataplane::offload_remote(move || is_equal(&repository, &reader, offset, &bytes));
         Box::pin(async move { compared.await.map(Some).map_err(|e| self.spec.failed(e)) })
     }
 }
 
 /// Whether the disk of the point holds these bytes; behind its end it held zeroes.
-fn is_equal(repository: &Repository, reader: &DiskReader, offset: u64, bytes: &[u8]) -> Result<bool, RepositoryError> {
+pub(super) fn is_equal(
+    repository: &Repository,
+    reader: &DiskReader,
+    offset: u64,
+    bytes: &[u8],
+) -> Result<bool, RepositoryError> {
     let leaf = u64::from(repository.settings().leaf_bytes);
     let inside = reader.size().saturating_sub(offset).min(bytes.len() as u64);
     let (bytes, behind) = bytes.split_at(inside as usize);

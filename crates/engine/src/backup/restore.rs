@@ -1,57 +1,33 @@
 //! A disk of a restore point into an image, every byte proven on the way.
 //!
-//! A new target is made, filled and synced; one that fails is taken away again. In place, leaves that the target holds already are
-//! left alone; a restore that breaks off there leaves a target of both, which another restore completes.
+//! A new target is filled under another name, `TARGET.restoring-…`, made durable, and then gets its own, which nothing may have by then. So
+//! whatever has the target's name is whole; a crash leaves a file of the other name. In place, leaves that the target holds already
+//! are left alone; a restore that breaks off there leaves a target of both, which another restore completes.
 
+use super::find::Opened;
+use super::proof::is_equal;
 use super::{RepositorySpec, RestoreReport, RestoreSpec};
+use crate::history::host::random_id;
 use crate::images::request::{BackingSpec, CreateSpec};
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
 use crate::images::{Progress, Workshop, closing, create, offload_format};
-use crate::{CacheMode, EngineError};
+use crate::{CacheMode, EngineError, durable_file, linkage};
 use disk::{Buf, ByteRange, WriteFlags, ZeroMode};
-use futures_util::stream::{self, StreamExt, TryStreamExt};
-use repository::{DiskReader, Extent, Point, PointDisk, Repository, RepositoryError};
-use std::fs;
+use futures_util::future::ready;
+use futures_util::stream::{self, StreamExt};
+use repository::{DiskReader, Extent, PointDisk, RepositoryError};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use std::cell::Cell;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::{fs, io};
 
 /// Bytes of the disk whose extents are asked for at a time.
 const WINDOW: u64 = 256 << 20;
 /// Bytes that are read and written at a time, and how many such pieces are under way.
 const PIECE: u64 = 1 << 20;
 const UNDER_WAY: usize = 4;
-
-/// A disk of a point, and the repository that it is in.
-pub(super) struct Opened {
-    pub(super) repository: Repository,
-    pub(super) point: Point,
-    pub(super) disk: PointDisk,
-}
-
-impl Opened {
-    /// Finds it. Blocks.
-    pub(super) fn find(spec: &RepositorySpec, point: &str, disk: Option<&str>) -> Result<Self, EngineError> {
-        let repository = spec.open()?;
-        let point = repository.find_point(point).map_err(|e| spec.failed(e))?;
-        let names = || point.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ");
-        let found = match (disk, &point.disks[..]) {
-            (None, [one]) => one,
-            (None, _) => {
-                return Err(EngineError::Invalid(format!(
-                    "point {} has several disks; say which one with --disk: {}",
-                    point.id,
-                    names()
-                )));
-            }
-            (Some(name), _) => point.disk(name).ok_or_else(|| {
-                EngineError::Invalid(format!("point {} has no disk {name}; it has {}", point.id, names()))
-            })?,
-        };
-        let disk = found.clone();
-        Ok(Self { repository, point, disk })
-    }
-}
 
 /// What is to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,33 +49,23 @@ impl Workshop {
 
 pub(crate) async fn restore(spec: RestoreSpec, progress: Progress) -> Result<RestoreReport, EngineError> {
     let wanted = spec.clone();
-    let (opened, since) = dataplane::offload(move || {
-        let opened = Opened::find(&wanted.repository, &wanted.point, wanted.disk.as_deref())?;
-        let since = match &wanted.over {
-            Some(over) => Some(Opened::find(&wanted.repository, &over.since, Some(&opened.disk.name))?.disk),
+    let (opened, since) = dataplane::offload_remote(move || {
+        let RestoreSpec { repository, point, machine, disk, over, .. } = wanted;
+        let opened = Opened::find(&repository, &point, machine.as_deref(), disk.as_deref())?;
+        let since = match &over {
+            Some(over) => Some(Opened::find(&repository, &over.since, None, Some(&opened.disk.name))?.disk),
             None => None,
         };
         Ok::<_, EngineError>((opened, since))
     })
     .await?;
-    if !spec.in_place {
-        make(&spec, opened.disk.size, &progress).await?;
-    }
-    let done = async {
-        let stack = open_target(&spec).await?;
-        let filled = fill(&spec, &opened, since.as_ref(), &stack, &progress).await;
-        closing(&stack, filled).await
+    let (written, same) = match spec.in_place {
+        true => fill_file(&spec, &spec.target, &opened, None, &progress).await?,
+        false => into_new(&spec, &opened, since.as_ref(), &progress).await?,
     };
-    let done = done.await;
-    if done.is_err() && !spec.in_place {
-        let target = spec.target.clone();
-        if let Err(error) = dataplane::offload(move || fs::remove_file(target)).await {
-            tracing::warn!(target = %spec.target.display(), %error, "an incomplete restore could not be removed");
-        }
-    }
-    let (written, same) = done?;
     Ok(RestoreReport {
         point: opened.point.id.to_string(),
+        machine: opened.point.machine,
         disk: opened.disk.name,
         target: spec.target,
         format: spec.format,
@@ -109,38 +75,119 @@ pub(crate) async fn restore(spec: RestoreSpec, progress: Progress) -> Result<Res
     })
 }
 
-async fn make(spec: &RestoreSpec, size: u64, progress: &Progress) -> Result<(), EngineError> {
+/// Makes the target.
+async fn into_new(
+    spec: &RestoreSpec,
+    opened: &Opened,
+    since: Option<&PointDisk>,
+    progress: &Progress,
+) -> Result<(u64, u64), EngineError> {
+    let taken = || EngineError::Taken {
+        file: spec.target.clone(),
+        what: "a restore makes a new file, but there is one already; choose another name, or give --in-place",
+    };
     let there = spec.target.clone();
     if dataplane::offload(move || fs::symlink_metadata(there).is_ok()).await {
-        return Err(EngineError::Taken {
-            file: spec.target.clone(),
-            what: "a restore makes a new file, but there is one already; choose another name, or give --in-place",
-        });
+        return Err(taken());
     }
+    let mut name = spec.target.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".restoring-{}", &random_id().to_string()[..8]));
+    let fresh = spec.target.with_file_name(name);
     let backing = spec.over.as_ref().map(|over| BackingSpec { file: over.backing.clone(), format: over.format });
     let create = CreateSpec {
-        file: spec.target.clone(),
+        file: fresh.clone(),
         format: spec.format,
-        size: Some(size),
+        size: Some(opened.disk.size),
         options: spec.options.clone(),
         backing,
         unsafe_backing: false,
     };
-    create::create_watched(&create, progress).await.map(drop)
+    create::create_watched(&create, progress).await?;
+    let done = async {
+        let filled = fill_file(spec, &fresh, opened, since, progress).await?;
+        let (from, to) = (fresh.clone(), spec.target.clone());
+        dataplane::offload(move || {
+            renameat_with(CWD, &from, CWD, &to, RenameFlags::NOREPLACE)?;
+            durable_file::sync_directory_of(&to)
+        })
+        .await
+        .map_err(|e| match e.kind() {
+            io::ErrorKind::AlreadyExists => taken(),
+            _ => EngineError::file(&spec.target, "give the restored image its name", e),
+        })?;
+        if let Some(over) = &spec.over {
+            let parent = spec.target.parent().unwrap_or(Path::new("/")).join(&over.backing);
+            linkage::forget_child(&parent, &fresh).await?;
+            linkage::register_child(&parent, &spec.target).await?;
+        }
+        Ok(filled)
+    };
+    let done = done.await;
+    if done.is_err() {
+        // Its name is nobody else's.
+        let gone = fresh.clone();
+        match dataplane::offload(move || fs::remove_file(gone)).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(target = %fresh.display(), %error, "an incomplete restore could not be removed");
+            }
+            _ => {}
+        }
+    }
+    done
 }
 
-async fn open_target(spec: &RestoreSpec) -> Result<Stack, EngineError> {
-    let format = match spec.in_place {
-        true => offload_format(spec.target.clone(), Some(spec.format)).await?,
-        false => spec.format,
-    };
+async fn fill_file(
+    spec: &RestoreSpec,
+    file: &Path,
+    opened: &Opened,
+    since: Option<&PointDisk>,
+    progress: &Progress,
+) -> Result<(u64, u64), EngineError> {
+    let format = offload_format(file.to_owned(), Some(spec.format)).await?;
     let request = OpenRequest {
         writable: true,
         cache: CacheMode::Writeback,
         history: if spec.in_place { HistoryUse::IfThere(None) } else { HistoryUse::None },
-        ..OpenRequest::reading(spec.target.clone(), format)
+        ..OpenRequest::reading(file.to_owned(), format)
     };
-    Stack::open(&request).await
+    let stack = Stack::open(&request).await?;
+    let filled = async {
+        if let (Some(since), Some(over)) = (since, &spec.over) {
+            refuse_other_parent(spec, opened, since, &over.backing, &stack, progress).await?;
+        }
+        fill(spec, opened, since, &stack, progress).await
+    };
+    let filled = filled.await;
+    closing(&stack, filled).await
+}
+
+/// Refuses a parent that does not hold the point that the differences are from: what it shows through the new image, which holds nothing
+/// yet, is read and compared with the point's hashes.
+async fn refuse_other_parent(
+    spec: &RestoreSpec,
+    opened: &Opened,
+    since: &PointDisk,
+    backing: &str,
+    stack: &Stack,
+    progress: &Progress,
+) -> Result<(), EngineError> {
+    let reader = Arc::new(opened.repository.disk(since, 0));
+    let end = since.size.min(stack.disk().geometry().size);
+    let mut at = 0;
+    while at < end {
+        progress.pace(0).await?;
+        let bytes = stack.disk().read(at, Buf::new((end - at).min(PIECE) as usize)).await?;
+        let (repository, reader, from) = (opened.repository.clone(), Arc::clone(&reader), at);
+        at += bytes.len() as u64;
+        let equal = dataplane::offload_remote(move || is_equal(&repository, &reader, from, &bytes)).await;
+        if !equal.map_err(|e| spec.repository.failed(e))? {
+            return Err(EngineError::Invalid(format!(
+                "{backing}: does not hold what the disk held at that point (it differs within {from:#x} to {at:#x}); give the image that \
+                 was exported of it, and that nobody has written to"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Fills the target; returns how many bytes were written, and how many were there.
@@ -171,12 +218,19 @@ async fn fill(
     while at < size {
         let window = at..(at + window).min(size);
         let pieces = pieces(&spec.repository, opened, since, &reader, window.clone()).await?;
-        let done: Vec<(u64, u64)> = stream::iter(pieces)
+        // What was begun is finished, also after a failure: a write that is dropped may still be on its way at the close.
+        let failed = Cell::new(false);
+        let done: Vec<Result<(u64, u64), EngineError>> = stream::iter(pieces)
+            .take_while(|_| ready(!failed.get()))
             .map(|piece| write(spec, opened, &reader, stack, piece, progress))
             .buffer_unordered(UNDER_WAY)
-            .try_collect()
-            .await?;
-        done.iter().for_each(|(new, old)| (written, same) = (written + new, same + old));
+            .inspect(|done| failed.set(failed.get() || done.is_err()))
+            .collect()
+            .await;
+        for done in done {
+            let (new, old) = done?;
+            (written, same) = (written + new, same + old);
+        }
         let (now, _) = progress.now();
         progress.advance(window.end.saturating_sub(now));
         at = window.end;
@@ -202,7 +256,7 @@ async fn pieces(
     let failed = |e: RepositoryError| spec.failed(e);
     let (reader, repository, disk, since) =
         (Arc::clone(reader), opened.repository.clone(), opened.disk.clone(), since.cloned());
-    let found = dataplane::offload(move || {
+    let found = dataplane::offload_remote(move || {
         let mut pieces = Vec::new();
         if let Some(since) = since {
             for difference in repository.differences(&since, &disk) {
@@ -266,7 +320,7 @@ async fn write(
             }
             let reader = Arc::clone(reader);
             let at = range.start;
-            let read = dataplane::offload(move || {
+            let read = dataplane::offload_remote(move || {
                 let mut bytes = Buf::new(len as usize);
                 reader.read(at, &mut bytes).map(|()| bytes)
             });
@@ -288,7 +342,7 @@ async fn write_differing(
     let len = range.end - range.start;
     let there = stack.disk().read(range.start, Buf::new(len as usize)).await?;
     let (repository, reader) = (opened.repository.clone(), Arc::clone(reader));
-    let differing = dataplane::offload(move || {
+    let differing = dataplane::offload_remote(move || {
         let leaf = repository.settings().leaf_bytes as usize;
         let mut differing = Vec::new();
         for extent in reader.extents(range.clone()) {
@@ -324,10 +378,11 @@ async fn write_differing(
 pub fn read_in_order(
     spec: &RepositorySpec,
     point: &str,
+    machine: Option<&str>,
     disk: Option<&str>,
     mut write: impl FnMut(&[u8]) -> std::io::Result<()>,
 ) -> Result<u64, EngineError> {
-    let opened = Opened::find(spec, point, disk)?;
+    let opened = Opened::find(spec, point, machine, disk)?;
     let reader = opened.repository.disk(&opened.disk, 0);
     let mut bytes = vec![0; PIECE as usize];
     let mut at = 0;

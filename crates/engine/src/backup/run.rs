@@ -19,7 +19,7 @@ use crate::images::{Progress, Workshop};
 use crate::promotion::JobControl;
 use crate::{EngineError, chain_text, linkage, name_of_file};
 use disk::DiskHandle;
-use repository::{BackupOptions, Consistency, DiskPlan, PointFacts};
+use repository::{BackupOptions, Consistency, DiskPlan, PointFacts, RepositoryError};
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
@@ -47,7 +47,7 @@ pub(crate) struct Running {
 impl Running {
     /// Opens the repository, and reads what is to be kept beside the disks.
     pub(crate) async fn open(spec: RepositorySpec, how: BackupHow, machine: String) -> Result<Self, EngineError> {
-        dataplane::offload(move || {
+        dataplane::offload_remote(move || {
             let attachments = how.attach.iter().map(|file| attachment(file)).collect::<Result<_, _>>()?;
             let base = Base::open(&spec, &machine)?;
             Ok(Self { spec, how, machine, base, time: linkage::now(), attachments })
@@ -68,8 +68,8 @@ impl Running {
     /// Decides how a disk is to be read, on its thread; `marked` says whether the mark was taken.
     pub(crate) fn ready(&self, name: &str, size: u64, stack: &Stack, marked: bool) -> Ready {
         let mut decision = self.base.decide(name, stack, &self.how);
-        if !marked && decision.between("").is_some() {
-            decision = self.base.decide(name, stack, &BackupHow { compare: true, ..self.how.clone() });
+        if !marked {
+            decision = decision.without_mark();
         }
         let plan = self.base.plan(name, size, &decision, stack, marked);
         Ready { decision, plan }
@@ -78,14 +78,23 @@ impl Running {
     /// Begins the session.
     pub(crate) async fn begin(&self, disks: &[Ready]) -> Result<Session, EngineError> {
         let all_known = disks.iter().all(|disk| disk.decision.between("").is_some());
-        let options = BackupOptions {
-            predecessor: self.base.predecessor(),
-            search: !all_known,
+        let mut options = BackupOptions {
+            predecessor: self.base.predecessor().filter(|_| !self.how.full),
+            // What is stored anew on purpose is not to be found.
+            search: !all_known && !self.how.full,
             cache: self.base.cache(),
             ..BackupOptions::default()
         };
-        let plans = disks.iter().map(|disk| disk.plan.clone()).collect();
-        Session::begin(&self.spec, self.base.repository.clone(), options, plans).await
+        let plans: Vec<DiskPlan> = disks.iter().map(|disk| disk.plan.clone()).collect();
+        let begun = Session::begin(&self.spec, self.base.repository.clone(), options.clone(), plans.clone()).await;
+        match begun {
+            Err(EngineError::Repository { source, .. }) if matches!(*source, RepositoryError::Cache { .. }) => {
+                tracing::warn!(error = %source, "without an index fewer leaves are found again");
+                options.cache = None;
+                Session::begin(&self.spec, self.base.repository.clone(), options, plans).await
+            }
+            begun => begun,
+        }
     }
 
     /// Reads the `n`-th disk into the session, on its thread.
@@ -211,7 +220,7 @@ fn names_of(sources: &[HistorySource]) -> Result<Vec<String>, EngineError> {
     for (n, name) in names.iter().enumerate() {
         if names[..n].contains(name) {
             return Err(EngineError::Invalid(format!(
-                "two images are called {name} in a restore point, by their files' names; back them up one by one"
+                "two images are called {name} in a restore point, by their files' names; back them up one by one, each with a --vm of its own"
             )));
         }
     }
@@ -228,11 +237,17 @@ async fn of_stacks(
     machine: String,
     progress: &Progress,
 ) -> Result<BackupReport, EngineError> {
-    let running = Running::open(repository, how, machine).await?;
+    let by_name = how.machine.is_none();
+    let mut running = Running::open(repository, how, machine).await?;
+    if by_name {
+        let files = stacks.iter().map(|(name, stack)| (name.as_str(), stack.image()));
+        running.base.refuse_others(&running.machine, files)?;
+    }
     // Without a history the image is read and compared; at rest it is the same all the while.
     let marked = stacks.iter().all(|(_, stack)| stack.kept().is_ok());
     if marked {
-        mark_all(stacks, running.mark()).await?;
+        let marks = mark_all(stacks, running.mark()).await?;
+        running.set_time(marks.first().map_or(running.time, |mark| mark.time));
     }
     let done = async {
         let ready: Vec<Ready> = stacks

@@ -23,7 +23,7 @@ impl Session {
         plans: Vec<DiskPlan>,
     ) -> Result<Self, EngineError> {
         let leaf = u64::from(repository.settings().leaf_bytes);
-        let begun = dataplane::offload(move || Backup::begin(&repository, &options, plans)).await;
+        let begun = dataplane::offload_remote(move || Backup::begin(&repository, &options, plans)).await;
         let backup = begun.map_err(|e| spec.failed(e))?;
         Ok(Self { spec: spec.clone(), leaf, backup: Arc::new(Mutex::new(Some(backup))) })
     }
@@ -37,7 +37,7 @@ impl Session {
         call: impl FnOnce(&mut Backup) -> Result<T, repository::RepositoryError> + Send + 'static,
     ) -> Result<T, EngineError> {
         let backup = Arc::clone(&self.backup);
-        let done = dataplane::offload(move || {
+        let done = dataplane::offload_remote(move || {
             let mut backup = backup.lock().expect("no panic while the session is locked");
             backup.as_mut().map(call)
         });
@@ -69,13 +69,13 @@ impl Session {
     /// Makes the point.
     pub(super) async fn finish(&self, facts: PointFacts) -> Result<(Point, Counts), EngineError> {
         let Some(backup) = self.take() else { return Err(EngineError::Invalid("the backup has ended".to_owned())) };
-        dataplane::offload(move || backup.finish(facts)).await.map_err(|e| self.spec.failed(e))
+        dataplane::offload_remote(move || backup.finish(facts)).await.map_err(|e| self.spec.failed(e))
     }
 
     /// Makes none; what was stored is found by the next session.
     pub(crate) async fn abandon(&self) {
         let Some(backup) = self.take() else { return };
-        if let Err(error) = dataplane::offload(move || backup.abandon()).await {
+        if let Err(error) = dataplane::offload_remote(move || backup.abandon()).await {
             tracing::debug!(%error, "the lease of a backup that was given up runs out by itself");
         }
     }

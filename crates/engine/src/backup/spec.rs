@@ -31,6 +31,9 @@ pub struct BackupHow {
     /// Name of the machine in the repository: the virtual machine's, or the first disk's, when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<String>,
+    /// Reads all of the disks and stores it anew, whatever the repository has: what is damaged there is not built upon.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
     /// Reads all of the disks, and compares it with the last point, though the history says what has changed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub compare: bool,
@@ -123,6 +126,9 @@ pub struct RestoreSpec {
     pub repository: RepositorySpec,
     /// The point: its id, as many of its first digits as tell it from others, or `latest`.
     pub point: String,
+    /// Of which machine, when `latest` could be of several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
     /// Which disk of the point, if it has several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
@@ -170,6 +176,13 @@ impl RestoreSpec {
                 "-o says how the target is made, but it is there already: leave one out".to_owned(),
             ));
         }
+        // It would need all that is said here of the target for itself.
+        if self.options.contains_key("data_file") {
+            return Err(EngineError::Unsupported(
+                "a restored image holds its data itself; give it an external data file with `highwater convert`"
+                    .to_owned(),
+            ));
+        }
         require_absolute(&self.target)
     }
 }
@@ -180,6 +193,8 @@ impl RestoreSpec {
 pub struct RestoreReport {
     /// The point.
     pub point: String,
+    /// Its machine.
+    pub machine: String,
     /// The disk.
     pub disk: String,
     /// The image.

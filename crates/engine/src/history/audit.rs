@@ -52,7 +52,7 @@ pub struct AuditSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub history_file: Option<std::path::PathBuf>,
-    /// What is called unchanged since this mark is looked at; the restore point's when absent.
+    /// What is called unchanged since this mark is looked at; a restore point has its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<String>,
     /// A copy of the disk that was made at the mark.
@@ -235,15 +235,15 @@ async fn against(stack: &Stack, spec: &AuditSpec, progress: &Progress) -> Result
             let report = audit(stack, since, &copy, spec.sample, progress).await;
             closing(&copy.0, report).await
         }
-        (None, Some(point), since) => {
+        (None, Some(point), None) => {
             let proof = Proof::open(point.clone()).await?;
-            let since = since.as_ref().or(proof.mark.as_ref()).ok_or_else(|| {
-                EngineError::Invalid(format!(
-                    "no mark was taken for point {}; it proves nothing of changes",
-                    point.point
-                ))
-            })?;
-            audit(stack, since, &proof, spec.sample, progress).await
+            let invalid =
+                |why: &str| EngineError::Invalid(format!("{}: {why}; it proves nothing of changes", point.point));
+            let (name, id) = proof.mark.clone().ok_or_else(|| invalid("no mark was taken for this restore point"))?;
+            match stack.mark_named("", &name) {
+                Ok(mark) if mark.id == id => audit(stack, &name, &proof, spec.sample, progress).await,
+                _ => Err(invalid("the disk's history does not have the mark that was taken for this restore point")),
+            }
         }
         _ => Err(EngineError::Invalid(
             "an audit is against a copy that was made at a mark (--since, --against), or against a restore point \

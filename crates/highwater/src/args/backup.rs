@@ -26,6 +26,9 @@ pub(crate) struct BackupArgs {
     /// Longest time that the guest may be frozen, in milliseconds
     #[arg(long, value_name = "MS", requires = "freeze")]
     pub(crate) freeze_limit: Option<u64>,
+    /// Read all of the disks and store it anew, whatever the repository has
+    #[arg(long, conflicts_with = "compare")]
+    pub(crate) full: bool,
     /// Read all of the disks and compare, though their histories say what has changed
     #[arg(long)]
     pub(crate) compare: bool,
@@ -50,6 +53,9 @@ pub(crate) struct RestoreArgs {
     pub(crate) target: PathBuf,
     #[command(flatten)]
     pub(crate) key: KeyOfArgs,
+    /// Of which machine, when `latest` could be of several
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm: Option<String>,
     /// Which disk of the point, if it has several
     #[arg(long, value_name = "NAME")]
     pub(crate) disk: Option<String>,
@@ -77,6 +83,9 @@ pub(crate) struct ExportPointArgs {
     pub(crate) target: PathBuf,
     #[command(flatten)]
     pub(crate) key: KeyOfArgs,
+    /// Of which machine, when `latest` could be of several
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm: Option<String>,
     /// Which disk of the point, if it has several
     #[arg(long, value_name = "NAME")]
     pub(crate) disk: Option<String>,

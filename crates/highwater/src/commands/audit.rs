@@ -20,7 +20,7 @@ pub(crate) async fn run(global: &Global, args: AuditArgs) -> Outcome {
         None => None,
         Some(place) => {
             let repository = args.key.spec(place)?;
-            Some(PointSpec { repository, point: args.point, disk: args.point_disk })
+            Some(PointSpec { repository, point: args.point, machine: args.vm, disk: args.point_disk })
         }
     };
     let history_file = args.of.history_file.as_deref().map(target::absolute).transpose()?;

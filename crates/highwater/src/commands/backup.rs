@@ -25,6 +25,7 @@ pub(crate) async fn backup(global: &Global, args: BackupArgs) -> Outcome {
     let how = BackupHow {
         machine: args.vm,
         compare: args.compare,
+        full: args.full,
         attach: args.attach.iter().map(|file| target::absolute(file)).collect::<Result<_, _>>()?,
         note: args.note,
     };
@@ -75,6 +76,7 @@ pub(crate) async fn restore(global: &Global, args: RestoreArgs) -> Outcome {
     let spec = RestoreSpec {
         repository: args.key.spec(&args.repository)?,
         point: args.point,
+        machine: args.vm,
         disk: args.disk,
         target: target::absolute(&args.target)?,
         format,
@@ -94,10 +96,10 @@ pub(crate) async fn export(global: &Global, args: ExportPointArgs) -> Outcome {
                 anyhow!("standard output takes raw bytes alone: leave --since and -O out, or name a file").into()
             );
         }
-        let (point, disk) = (args.point, args.disk);
+        let (point, machine, disk) = (args.point, args.vm, args.disk);
         let written = tokio::task::spawn_blocking(move || {
             let mut out = io::stdout().lock();
-            read_in_order(&repository, &point, disk.as_deref(), |bytes| out.write_all(bytes))?;
+            read_in_order(&repository, &point, machine.as_deref(), disk.as_deref(), |bytes| out.write_all(bytes))?;
             out.flush().map_err(|e| engine::EngineError::file("-", "write to standard output", e))
         });
         written.await.map_err(|e| anyhow!(e))??;
@@ -115,6 +117,7 @@ pub(crate) async fn export(global: &Global, args: ExportPointArgs) -> Outcome {
     let spec = RestoreSpec {
         repository,
         point: args.point,
+        machine: args.vm,
         disk: args.disk,
         target: target::absolute(&args.target)?,
         format: args.output_format.unwrap_or(by_name),
@@ -134,9 +137,9 @@ async fn make(global: &Global, spec: RestoreSpec, rate: Option<u64>) -> Outcome 
     if global.wants_json() {
         output::json(&report)?;
     } else if !global.quiet {
-        let RestoreReport { point, disk, target, written, same, size, .. } = report;
+        let RestoreReport { point, machine, disk, target, written, same, size, .. } = report;
         output::line(&format!(
-            "{}: disk {disk} of point {point}, {}; {} written, {} there already",
+            "{}: disk {disk} of {machine}, point {point}, {}; {} written, {} there already",
             target.display(),
             human(size),
             human(written),

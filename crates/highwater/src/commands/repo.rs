@@ -178,7 +178,7 @@ fn told(global: &Global, report: &CareReport, sound: &str) -> Outcome {
             more => format!(", and {more} more"),
         };
         output::line(&format!(
-            "{}{more}: what is not listed can be restored; restore what is from another copy, or back up anew in full",
+            "{}{more}: what is not listed can be restored; restore what is from another copy, or back up anew with --full",
             count(report.findings.len() as u64, "finding")
         ))?;
     } else if !global.quiet {

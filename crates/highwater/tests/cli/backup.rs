@@ -66,15 +66,14 @@ fn of_files_and_back() {
         restores(&place, third["point"].as_str().unwrap(), "2.raw");
         restores(&place, first["point"].as_str().unwrap(), "1.raw");
         assert_eq!(kinds(&backup("--compare")), ["compared"]);
-        // A mark that is trusted against all reason is found out.
-        if format == "raw" {
-            let wrong = place.hw(&format!(
-                "audit {disk} --repository repo --point {} --since {}",
-                first["point"].as_str().unwrap(),
-                mark(&place, disk)
-            ));
-            assert!(wrong.code(1).out.contains("WRONG"));
-        }
+        // A point whose mark has gone proves nothing, and a history that is trusted against all reason is found out.
+        let gone = place.hw(&format!("audit {disk} --repository repo --point {}", first["point"].as_str().unwrap()));
+        assert!(gone.code(1).err.contains("does not have the mark"));
+        mark(&place, disk);
+        place.qemu_io(format, disk, &["write -P 0x77 8M 64k"]);
+        place.hw(&format!("marks trust {disk}")).ok();
+        let wrong = place.hw(&format!("audit {disk} --repository repo --vm {machine}"));
+        assert!(wrong.code(1).out.contains("WRONG"));
 
         // In place, only what differs is written.
         let (one, three) = (first["point"].as_str().unwrap(), third["point"].as_str().unwrap());
@@ -91,6 +90,11 @@ fn of_files_and_back() {
         equal(&place, ("raw", "1.raw"), ("qcow2", "base.qcow2"));
         equal(&place, ("raw", "2.raw"), ("qcow2", "over.qcow2"));
         assert!(fs::metadata(place.path("over.qcow2")).unwrap().len() < 8 * MIB);
+        let children = place.hw("--json chain show base.qcow2").ok().out;
+        assert!(children.contains("over.qcow2\"") && !children.contains("restoring"), "{children}");
+        // Over an image that does not hold that point it would show what nobody ever wrote.
+        let other = place.hw(&format!("export repo {three} wrong.qcow2 --since {three} --backing base.qcow2")).code(1);
+        assert!(other.err.contains("does not hold") && !place.path("wrong.qcow2").exists(), "{other:?}");
         let binary = env!("CARGO_BIN_EXE_highwater");
         place.run("bash", ["-c", &format!("{binary} export repo {three} - | cmp - 2.raw")]).ok();
         for file in ["base.qcow2", "over.qcow2"] {
@@ -99,6 +103,40 @@ fn of_files_and_back() {
         }
     }
     place.hw("repo verify repo").ok();
+    let left =
+        fs::read_dir(place.dir()).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().contains("restoring"));
+    assert!(!left);
+}
+
+/// Machines of one repository are not taken for each other.
+#[test]
+fn whose_disk_it_is() {
+    let place = Place::new();
+    place.hw("repo init repo").ok();
+    for directory in ["one", "two"] {
+        fs::create_dir(place.path(directory)).unwrap();
+        place.raw(&format!("{directory}/disk.raw"), 4 * MIB);
+    }
+    place.qemu_io("raw", "two/disk.raw", &["write -P 2 0 1M"]);
+    place.hw("backup one/disk.raw repo").ok();
+    let taken = place.hw("backup two/disk.raw repo").code(1);
+    assert!(taken.err.contains("one/disk.raw") && taken.err.contains("--vm"), "{taken:?}");
+    place.hw("backup two/disk.raw repo --vm two").ok();
+    let which = place.hw("restore repo latest t.raw").code(1);
+    assert!(which.err.contains("several machines") && which.err.contains("--vm"), "{which:?}");
+    for (machine, file) in [("disk", "one/disk.raw"), ("two", "two/disk.raw")] {
+        place.hw(&format!("restore repo latest t.raw --vm {machine}")).ok();
+        equal(&place, ("raw", file), ("raw", "t.raw"));
+        fs::remove_file(place.path("t.raw")).unwrap();
+    }
+    // It was moved, and its owner says that it is the same.
+    fs::rename(place.path("one"), place.path("three")).unwrap();
+    place.hw("backup three/disk.raw repo").code(1);
+    let moved = place.hw("--json backup three/disk.raw repo --vm disk").ok().json();
+    assert_eq!(kinds(&moved), ["incremental"], "{moved}");
+    let data_file = place.hw("restore repo latest t.qcow2 --vm two -O qcow2 -o data_file=two/disk.raw").code(1);
+    assert!(data_file.err.contains("external data file"), "{data_file:?}");
+    equal(&place, ("raw", "two/disk.raw"), ("raw", "two/disk.raw"));
 }
 
 #[test]
@@ -133,6 +171,11 @@ fn what_cannot_be_is_said_and_leaves_nothing() {
     }
     let damaged = place.hw("restore repo latest t.raw").code(1);
     assert!(damaged.err.contains("packs/") && !place.path("t.raw").exists(), "{damaged:?}");
+    // What is damaged is not built upon.
+    let anew = place.hw("--json backup d.raw repo --full").ok().json();
+    assert_eq!(kinds(&anew), ["full"]);
+    place.hw("restore repo latest t.raw").ok();
+    equal(&place, ("raw", "d.raw"), ("raw", "t.raw"));
 }
 
 /// The point holds the instant at which the job began, though the guest writes all the while.

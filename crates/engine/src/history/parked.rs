@@ -13,7 +13,7 @@ use tracking::{HistoryError, Tracked};
 
 /// How long a parked write waits for others that share its sync. A sync takes about a tenth of that, and as much of the
 /// processor as ten parked writes.
-const COMPANY: Duration = Duration::from_millis(10);
+const COMPANY: Duration = Duration::from_millis(40);
 
 /// A disk's lot, and what was found in it.
 pub(super) struct Lot {

@@ -48,6 +48,11 @@ impl KnownContent {
         self.id() == content && self.size == print.size && print.same_time(self.modified)
     }
 
+    /// What a child that is bound to this remembers.
+    fn as_link(&self) -> ParentLink {
+        ParentLink { parent: self.id(), second: None, size: self.size, modified: self.modified, linked: 0 }
+    }
+
     /// Whether a child was bound to this.
     fn is_bound(&self, link: &ParentLink) -> bool {
         self.id() == link.parent && self.size == link.size && self.modified == link.modified
@@ -88,7 +93,7 @@ pub(super) async fn fault_of(
     let kind = judge(link, found, print, times)?;
     let (parent, child) = (parent.to_owned(), child.to_owned());
     let (link, found, print) = (*link, *found, *print);
-    let excused = dataplane::offload(move || is_excused(&parent, &child, kind, &link, &found, &print)).await;
+    let excused = dataplane::offload(move || is_excused(&parent, &child, &link, &found, &print, times)).await;
     (!excused).then_some(kind)
 }
 
@@ -96,10 +101,10 @@ pub(super) async fn fault_of(
 fn is_excused(
     parent: &Path,
     child: &Path,
-    kind: FaultKind,
     link: &ParentLink,
     found: &LayerIdentity,
     print: &Fingerprint,
+    times: bool,
 ) -> bool {
     let Ok(IdentityRead::There(known)) = identity_file::read_blocking(parent) else { return false };
     let stands_for = |same: &SameAs| same.bound.is_bound(link) && same.own.is(found.content, print);
@@ -107,15 +112,6 @@ fn is_excused(
         return true;
     }
     let Some(absorbing) = &known.absorbing else { return false };
-    let is_ours = match kind {
-        FaultKind::WrittenByHighwater | FaultKind::Grown | FaultKind::Truncated | FaultKind::Modified => true,
-        // What is written for a merge leaves none of these.
-        FaultKind::OpenedForWriting
-        | FaultKind::OtherImage
-        | FaultKind::IdentityGone
-        | FaultKind::Older
-        | FaultKind::OtherContent => false,
-    };
     let is_child = |named: &PathBuf| {
         let beside = children::directory_of(&children::real(parent));
         children::real(&beside.join(named)) == children::real(child)
@@ -123,7 +119,23 @@ fn is_excused(
     let same_child = absorbing.child.as_ref().is_none_or(is_child);
     let before = absorbing.before.is_bound(link)
         || known.same_as.iter().any(|same| same.bound.is_bound(link) && same.own == absorbing.before);
-    is_ours && same_child && before
+    if !same_child || !before {
+        return false;
+    }
+    // The child may be bound to an image in whose place this one stood already; what the merge has done since is judged.
+    match judge(&absorbing.before.as_link(), found, print, times) {
+        None | Some(FaultKind::WrittenByHighwater | FaultKind::Grown | FaultKind::Truncated | FaultKind::Modified) => {
+            true
+        }
+        // What is written for a merge leaves none of these.
+        Some(
+            FaultKind::OpenedForWriting
+            | FaultKind::OtherImage
+            | FaultKind::IdentityGone
+            | FaultKind::Older
+            | FaultKind::OtherContent,
+        ) => false,
+    }
 }
 
 /// Notes, durably, that an image is about to take up what `child` holds, or what its own parent holds.
@@ -283,16 +295,23 @@ mod tests {
         KnownContent { content: id(byte).map(|id| id.to_string()), size, modified: 5 }
     }
 
-    fn excused(directory: &Path, child: &str, link: (u8, u64), found: (u8, u64)) -> bool {
-        excused_of(FaultKind::WrittenByHighwater, directory, child, link, found)
+    /// The id of an image, and of what it holds.
+    fn content(image: u8, content: u8) -> Option<ContentId> {
+        let mut bytes = [image; 16];
+        bytes[8..].fill(content);
+        ContentId::from_bytes(bytes)
     }
 
-    fn excused_of(kind: FaultKind, directory: &Path, child: &str, link: (u8, u64), found: (u8, u64)) -> bool {
+    fn excused(directory: &Path, child: &str, link: (u8, u64), found: (u8, u8, u64)) -> bool {
+        let found_id = LayerIdentity { content: content(found.0, found.1), ..LayerIdentity::default() };
+        excused_of(found_id, directory, child, link, found.2)
+    }
+
+    fn excused_of(found: LayerIdentity, directory: &Path, child: &str, link: (u8, u64), size: u64) -> bool {
         let link = ParentLink { parent: id(link.0), second: None, size: link.1, modified: 5, linked: 0 };
-        let found_id = LayerIdentity { content: id(found.0), ..LayerIdentity::default() };
-        let print = Fingerprint { size: found.1, modified: 5 };
+        let print = Fingerprint { size, modified: 5 };
         let (parent, child) = (directory.join("p.qcow2"), directory.join(child));
-        is_excused(&parent, &child, kind, &link, &found_id, &print)
+        is_excused(&parent, &child, &link, &found, &print, true)
     }
 
     #[test]
@@ -303,22 +322,33 @@ mod tests {
             fs::write(directory.join(file), "x").unwrap();
         }
         let parent = directory.join("p.qcow2");
-        assert!(!excused(directory, "c.qcow2", (1, 10), (2, 20)));
+        assert!(!excused(directory, "c.qcow2", (1, 10), (1, 2, 20)));
         identity_file::change_blocking(&parent, |known_of| {
             known_of.absorbing = Some(Absorbing { child: Some("c.qcow2".into()), before: known(1, 10) });
             known_of.same_as.push(SameAs { bound: known(3, 30), own: known(4, 40) });
+            known_of.same_as.push(SameAs { bound: known(5, 50), own: known(1, 10) });
         })
         .unwrap();
-        assert!(excused(directory, "c.qcow2", (1, 10), (2, 20)), "it is being merged");
-        for kind in [FaultKind::OtherImage, FaultKind::IdentityGone, FaultKind::OpenedForWriting, FaultKind::Older] {
-            assert!(!excused_of(kind, directory, "c.qcow2", (1, 10), (2, 20)), "no merge leaves that");
+        assert!(excused(directory, "c.qcow2", (1, 10), (1, 2, 20)), "it is being merged");
+        assert!(
+            excused(directory, "c.qcow2", (5, 50), (1, 2, 20)),
+            "it stood for what the child is bound to, and is being merged"
+        );
+        assert!(!excused(directory, "c.qcow2", (5, 50), (6, 2, 20)), "another image");
+        assert!(!excused(directory, "c.qcow2", (1, 10), (6, 2, 20)), "another image");
+        let none = LayerIdentity::default();
+        for found in
+            [none, LayerIdentity { lapsed: content(1, 1), ..none }, LayerIdentity { lapsed: content(1, 2), ..none }]
+        {
+            assert!(!excused_of(found, directory, "c.qcow2", (1, 10), 20), "no merge leaves that: {found:?}");
         }
-        assert!(!excused(directory, "c.qcow2", (1, 11), (2, 20)), "bound to something else");
-        assert!(!excused(directory, "other.qcow2", (1, 10), (2, 20)), "another child");
-        assert!(excused(directory, "other.qcow2", (3, 30), (4, 40)), "it stands for that");
-        assert!(!excused(directory, "other.qcow2", (3, 30), (4, 41)), "and was changed since");
-        assert!(!excused(directory, "other.qcow2", (4, 40), (3, 30)));
+        assert!(!excused(directory, "c.qcow2", (1, 11), (1, 2, 20)), "bound to something else");
+        assert!(!excused(directory, "other.qcow2", (1, 10), (1, 2, 20)), "another child");
+        assert!(excused(directory, "other.qcow2", (3, 30), (4, 4, 40)), "it stands for that");
+        assert!(!excused(directory, "other.qcow2", (3, 30), (4, 4, 41)), "and was changed since");
+        assert!(!excused(directory, "other.qcow2", (4, 40), (3, 3, 30)));
     }
+
     #[test]
     fn of_the_layer_that_is_gone_nothing_is_excused() {
         let directory = tempfile::tempdir().unwrap();

@@ -93,13 +93,6 @@ pub(crate) struct Recorded {
     /// The largest number that a job ever had.
     pub(crate) last: u64,
     pub(crate) jobs: Vec<JobRecord>,
-    /// Whether there are no others that are not known.
-    #[serde(skip, default = "yes")]
-    pub(crate) understood: bool,
-}
-
-const fn yes() -> bool {
-    true
 }
 
 /// The file.
@@ -107,19 +100,19 @@ const fn yes() -> bool {
 pub(crate) struct JobRecords(PathBuf);
 
 impl JobRecords {
-    /// The file in `directory`, and what it holds.
-    pub(crate) fn open(directory: &Path) -> Result<(Self, Recorded), EngineError> {
+    /// The file in `directory`, and what it holds; `None`: that was not understood, and is out of the way.
+    pub(crate) fn open(directory: &Path) -> Result<(Self, Option<Recorded>), EngineError> {
         let file = directory.join("jobs.json");
         let recorded = match fs::read(&file) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Recorded { understood: true, ..Recorded::default() },
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Some(Recorded::default()),
             Err(e) => return Err(EngineError::file(file, "read the list of jobs", e)),
             Ok(bytes) => match understand(&bytes) {
-                Ok(recorded) => recorded,
+                Ok(recorded) => Some(recorded),
                 // It only tells what was interrupted: no reason not to serve disks.
                 Err(reason) => {
                     let aside = put_aside(&file)?;
                     tracing::warn!(file = %aside.display(), reason, "jobs that were interrupted are not known");
-                    Recorded::default()
+                    None
                 }
             },
         };
@@ -129,7 +122,7 @@ impl JobRecords {
     /// Replaces what the file holds. Blocks for an fsync.
     pub(crate) fn replace(&self, last: u64, jobs: Vec<JobRecord>) -> Result<(), EngineError> {
         let write = || {
-            let bytes = serde_json::to_vec_pretty(&Recorded { version: VERSION, last, jobs, understood: true })?;
+            let bytes = serde_json::to_vec_pretty(&Recorded { version: VERSION, last, jobs })?;
             durable_file::replace(&self.0, &bytes)
         };
         write().map_err(|e| EngineError::file(&self.0, "replace the list of jobs", e))

@@ -188,6 +188,8 @@ impl Jobs {
 
     fn open_with(directory: &Path, is_resumable: fn(&JobKind) -> bool) -> Result<Self, EngineError> {
         let (records, recorded) = JobRecords::open(directory)?;
+        let understood = recorded.is_some();
+        let recorded = recorded.unwrap_or_default();
         let mut list = List { is_resumable, directory: Some(directory.to_owned()), ..List::new() };
         for JobRecord { id, started, kind, paused, cancelled, rate_limit, end } in recorded.jobs {
             let progress = Progress::new();
@@ -216,7 +218,8 @@ impl Jobs {
             list.jobs.insert(id, job);
         }
         let unfinished = list.jobs.iter().filter(|(_, job)| job.is_unfinished()).map(|(id, _)| *id).collect();
-        if recorded.understood {
+        // Positions that a list speaks of which was not understood are nobody's leftovers.
+        if understood {
             remove_leftovers(directory, &unfinished);
         }
         list.last = recorded.last.max(list.jobs.keys().last().copied().unwrap_or(0));

@@ -333,8 +333,10 @@ impl Stack {
 /// There is no such snapshot after all.
 async fn forget(set: Id, place: &Place) -> Result<(), EngineError> {
     let set = set.to_string();
-    let is_of = move |snapshot: &SnapshotFacts| snapshot.set.as_deref() == Some(&set);
-    linkage::change(&place.frozen, move |known| drop(known.snapshot.take_if(|snapshot| is_of(snapshot)))).await
+    linkage::change(&place.frozen, move |known| {
+        known.snapshot.take_if(|snapshot| snapshot.set.as_ref() == Some(&set));
+    })
+    .await
 }
 
 /// The frozen layer: the same open file under its new name.

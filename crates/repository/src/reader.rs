@@ -67,10 +67,20 @@ impl Repository {
             .map(move |step| step.map(|(index, to)| (index * leaf..((index + 1) * leaf).min(size), to.is_none())))
     }
 
-    /// The name that a leaf of this content has: what resynchronising compares.
+    /// The name that a leaf of this content has: what resynchronising compares. A disk's last leaf may be shorter, as it is named with
+    /// zeroes up to its end.
     #[must_use]
     pub fn leaf_id(&self, leaf: &[u8]) -> ContentId {
-        if leaf.iter().all(|byte| *byte == 0) { ContentId::ZERO } else { self.inner.secret.leaf_id(leaf) }
+        let whole = self.inner.settings.leaf_bytes as usize;
+        if leaf.iter().all(|byte| *byte == 0) {
+            return ContentId::ZERO;
+        }
+        if leaf.len() >= whole {
+            return self.inner.secret.leaf_id(leaf);
+        }
+        let mut padded = leaf.to_vec();
+        padded.resize(whole, 0);
+        self.inner.secret.leaf_id(&padded)
     }
 
     /// Finds a point by `latest`, or by the beginning of its name.

@@ -43,6 +43,16 @@ struct Inner {
     write_behind: write_behind::OfFile,
 }
 
+/// While it lives, what is written to a file is written back soon ([`FileStorage::write_behind`]).
+#[must_use]
+pub struct WritingBehind(FileStorage);
+
+impl Drop for WritingBehind {
+    fn drop(&mut self) {
+        self.0.0.write_behind.want(false);
+    }
+}
+
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL | libc::ENODEV))
 }
@@ -94,10 +104,11 @@ impl FileStorage {
         }
     }
 
-    /// Whether the writeback of what is written is started soon, for jobs that end with a sync; not where writes do not go
-    /// through the page cache, or syncs are void.
-    pub fn set_write_behind(&self, wanted: bool) {
-        self.0.write_behind.want(wanted && self.0.limits.alignment == 1 && !self.0.sync_is_void);
+    /// Has the writeback of what is written be started soon, for jobs that end with a sync, until the guard is dropped; not
+    /// where writes do not go through the page cache, or syncs are void.
+    pub fn write_behind(&self) -> WritingBehind {
+        self.0.write_behind.want(self.0.limits.alignment == 1 && !self.0.sync_is_void);
+        WritingBehind(self.clone())
     }
 
     /// Only a help: the sync at the end reports what goes wrong.

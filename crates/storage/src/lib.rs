@@ -10,6 +10,6 @@ pub mod lock;
 mod open;
 mod write_behind;
 
-pub use file::FileStorage;
+pub use file::{FileStorage, WritingBehind};
 pub use open::{CacheMode, LockMode, OpenOptions};
 pub use write_behind::WriteBehind;

@@ -1,6 +1,6 @@
 //! Which disk of which restore point somebody means.
 
-use super::RepositorySpec;
+use super::PointSpec;
 use crate::EngineError;
 use repository::{Point, PointDisk, Repository, RepositoryError};
 
@@ -16,14 +16,11 @@ impl Opened {
     ///
     /// # Errors
     /// When there is none, or several could be meant: the newest point of another machine is nobody's wish.
-    pub(super) fn find(
-        spec: &RepositorySpec,
-        point: &str,
-        machine: Option<&str>,
-        disk: Option<&str>,
-    ) -> Result<Self, EngineError> {
+    pub(super) fn find(wanted: &PointSpec) -> Result<Self, EngineError> {
+        let PointSpec { repository: spec, point, machine, disk } = wanted;
+        let (machine, disk) = (machine.as_deref(), disk.as_deref());
         let repository = spec.open()?;
-        let point = match point {
+        let point = match point.as_str() {
             "latest" => newest(&repository, machine).map_err(|e| spec.failed(e))?,
             name => repository.find_point(name).map_err(|e| spec.failed(e))?,
         };

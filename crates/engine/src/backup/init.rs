@@ -122,7 +122,7 @@ pub fn init(spec: &InitSpec) -> Result<InitReport, EngineError> {
     })?;
     let key_file = match (&spec.key, file) {
         (FirstKey::Generated, Some(first)) => {
-            let last = key_files::of(repository.id())?;
+            let last = key_files::of(repository.id());
             key_files::rename(&first, &last)?;
             Some(last)
         }

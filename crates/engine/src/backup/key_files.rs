@@ -1,5 +1,6 @@
 //! Where generated keys are kept: one file for each repository, for this user alone.
 
+use super::user_directories;
 use crate::{EngineError, durable_file};
 use repository::Id;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -7,18 +8,13 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// `$XDG_CONFIG_HOME/highwater/keys`, or `~/.config/highwater/keys`, or `/etc/highwater/keys` for who has no home.
 pub(super) fn directory() -> PathBuf {
-    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path: &PathBuf| path.is_absolute());
-    absolute("XDG_CONFIG_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".config")))
-        .unwrap_or_else(|| PathBuf::from("/etc"))
-        .join("highwater/keys")
+    user_directories::config().join("keys")
 }
 
 /// The file of a repository's generated key.
-pub(super) fn of(id: Id) -> Result<PathBuf, EngineError> {
-    Ok(directory().join(format!("{id}.key")))
+pub(super) fn of(id: Id) -> PathBuf {
+    directory().join(format!("{id}.key"))
 }
 
 /// Writes a new key, durably, so that no repository exists whose key was lost with the machine's power. Blocks.

@@ -223,7 +223,7 @@ fn opens(spec: &RepositorySpec, key: &Unlock) -> Option<bool> {
 
 /// The file in which the key is looked for when none is named, if it is there and opens nothing any more.
 fn lapsed_file(repository: &Repository, spec: &RepositorySpec) -> Option<PathBuf> {
-    let file = key_files::of(repository.id()).ok()?;
+    let file = key_files::of(repository.id());
     let text = read_secret(&file).ok()?;
     (opens(spec, &Unlock::KeyFile(text)) == Some(false)).then_some(file)
 }

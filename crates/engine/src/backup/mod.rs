@@ -19,6 +19,7 @@ mod restore;
 pub(crate) mod run;
 pub(crate) mod session;
 mod spec;
+mod user_directories;
 
 pub use care::{CareReport, FindingReport, PruneReport, StatsReport, check, prune, stats, verify};
 pub use difference::{

@@ -86,7 +86,7 @@ impl RepositorySpec {
         if !settings.encrypted {
             return Ok(Unlock::Open);
         }
-        let file = key_files::of(id)?;
+        let file = key_files::of(id);
         match read_secret(&file) {
             Err(EngineError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 Err(EngineError::Invalid(format!(

@@ -5,13 +5,12 @@
 //! known. In any other case all of the disk is read, and compared with the point's hashes: never is a leaf inherited on faith.
 
 use super::pass::Between;
-use super::{BackupHow, BackupKind, RepositorySpec};
+use super::{BackupHow, BackupKind, RepositorySpec, user_directories};
 use crate::EngineError;
 use crate::history::host::random_id;
 use crate::history::report::MarkReport;
 use crate::images::stack::Stack;
 use repository::{DiskPlan, Id, Made, Point, PointDisk, Repository};
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Names of what a point's disk remembers.
@@ -98,9 +97,9 @@ impl Base {
         files: impl Iterator<Item = (&'a str, PathBuf)>,
     ) -> Result<(), EngineError> {
         for (name, file) in files {
-            let was = self.disk(name).and_then(|disk| disk.identity.iter().find(|(name, _)| name == FILE));
-            if let Some((_, was)) = was
-                && *was != file.display().to_string()
+            let was = self.disk(name).and_then(|disk| remembered(disk, FILE));
+            if let Some(was) = was
+                && was != file.display().to_string()
             {
                 return Err(EngineError::Invalid(format!(
                     "{}: the repository has a machine {machine} already, whose disk {name} was {was}; if this is it, say so with \
@@ -120,9 +119,7 @@ impl Base {
         if how.full {
             return Decision { kind: BackupKind::Full, reason: Some(ASKED_FOR.to_owned()), since: None };
         }
-        let remembered: BTreeMap<&str, &str> =
-            disk.identity.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        match since(&remembered, stack, how) {
+        match since(disk, stack, how) {
             Ok(since) => Decision { kind: BackupKind::Incremental, reason: None, since: Some(since) },
             Err(reason) => Decision { kind: BackupKind::Compared, reason: Some(reason), since: None },
         }
@@ -159,19 +156,19 @@ impl Base {
     }
 
     /// Where the repository's index is kept.
-    pub(super) fn cache(&self) -> Option<PathBuf> {
-        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path: &PathBuf| path.is_absolute());
-        let caches = absolute("XDG_CACHE_HOME")
-            .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
-            .unwrap_or_else(|| PathBuf::from("/var/cache"));
-        Some(caches.join("highwater/index").join(self.repository.id().to_string()))
+    pub(super) fn cache(&self) -> PathBuf {
+        user_directories::cache().join("index").join(self.repository.id().to_string())
     }
+}
+
+/// What a point's disk remembers under that name.
+fn remembered<'a>(disk: &'a PointDisk, wanted: &str) -> Option<&'a str> {
+    disk.identity.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str())
 }
 
 /// Name and id of the mark that was taken for a disk of a point.
 pub(super) fn mark_of(disk: &PointDisk) -> Option<(String, String)> {
-    let value = |wanted: &str| disk.identity.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.clone());
-    value(MARK).zip(value(MARK_ID))
+    remembered(disk, MARK).zip(remembered(disk, MARK_ID)).map(|(name, id)| (name.to_owned(), id.to_owned()))
 }
 
 fn short(id: Id) -> String {
@@ -179,12 +176,12 @@ fn short(id: Id) -> String {
 }
 
 /// The mark since which changes are known, or why there is none.
-fn since(remembered: &BTreeMap<&str, &str>, stack: &Stack, how: &BackupHow) -> Result<String, String> {
+fn since(disk: &PointDisk, stack: &Stack, how: &BackupHow) -> Result<String, String> {
     if how.compare {
         return Err(ASKED_FOR.to_owned());
     }
     let (Some(name), Some(id), Some(lineage)) =
-        (remembered.get(MARK), remembered.get(MARK_ID), remembered.get(LINEAGE))
+        (remembered(disk, MARK), remembered(disk, MARK_ID), remembered(disk, LINEAGE))
     else {
         return Err("no mark was taken for the last backup".to_owned());
     };
@@ -196,7 +193,7 @@ fn since(remembered: &BTreeMap<&str, &str>, stack: &Stack, how: &BackupHow) -> R
     if let Some(reason) = mark.refused {
         return Err(reason);
     }
-    if mark.id != *id || history.lineage.as_deref() != Some(*lineage) {
+    if mark.id != id || history.lineage.as_deref() != Some(lineage) {
         return Err("its history is not the one that the last backup's mark was taken in".to_owned());
     }
     Ok(mark.name)

@@ -39,8 +39,7 @@ pub(crate) struct Proof {
 impl Proof {
     pub(crate) async fn open(spec: PointSpec) -> Result<Self, EngineError> {
         dataplane::offload_remote(move || {
-            let Opened { repository, disk, .. } =
-                Opened::find(&spec.repository, &spec.point, spec.machine.as_deref(), spec.disk.as_deref())?;
+            let Opened { repository, disk, .. } = Opened::find(&spec)?;
             let reader = Arc::new(repository.disk(&disk, 0));
             Ok(Self { spec: spec.repository, repository, reader, mark: mark_of(&disk) })
         })
@@ -63,7 +62,6 @@ pub(super) fn is_equal(
     offset: u64,
     bytes: &[u8],
 ) -> Result<bool, RepositoryError> {
-    let leaf = u64::from(repository.settings().leaf_bytes);
     let inside = reader.size().saturating_sub(offset).min(bytes.len() as u64);
     let (bytes, behind) = bytes.split_at(inside as usize);
     if behind.iter().any(|byte| *byte != 0) {
@@ -80,12 +78,7 @@ pub(super) fn is_equal(
         let held = &bytes[(from - offset) as usize..(to - offset) as usize];
         let equal = match id {
             None => held.iter().all(|byte| *byte == 0),
-            Some(id) if (from, to) == (range.start, range.end) => {
-                // The disk's last leaf is named with zeroes up to its end.
-                let mut whole = held.to_vec();
-                whole.resize(leaf as usize, 0);
-                repository.leaf_id(&whole) == id
-            }
+            Some(id) if (from, to) == (range.start, range.end) => repository.leaf_id(held) == id,
             Some(_) => {
                 let mut then = vec![0; held.len()];
                 reader.read(from, &mut then)?;

@@ -6,7 +6,7 @@
 
 use super::find::Opened;
 use super::proof::is_equal;
-use super::{RepositorySpec, RestoreReport, RestoreSpec};
+use super::{PointSpec, RepositorySpec, RestoreReport, RestoreSpec, RestoredParent};
 use crate::history::host::random_id;
 use crate::images::request::{BackingSpec, CreateSpec};
 use crate::images::stack::{HistoryUse, OpenRequest, Stack};
@@ -22,6 +22,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::{fs, io};
+use storage::FileStorage;
 
 /// Bytes of the disk whose extents are asked for at a time.
 const WINDOW: u64 = 256 << 20;
@@ -48,12 +49,14 @@ impl Workshop {
 }
 
 pub(crate) async fn restore(spec: RestoreSpec, progress: Progress) -> Result<RestoreReport, EngineError> {
-    let wanted = spec.clone();
+    let (source, over) = (spec.source(), spec.over.clone());
     let (opened, since) = dataplane::offload_remote(move || {
-        let RestoreSpec { repository, point, machine, disk, over, .. } = wanted;
-        let opened = Opened::find(&repository, &point, machine.as_deref(), disk.as_deref())?;
-        let since = match &over {
-            Some(over) => Some(Opened::find(&repository, &over.since, None, Some(&opened.disk.name))?.disk),
+        let opened = Opened::find(&source)?;
+        let since = match over {
+            Some(RestoredParent { since: point, .. }) => {
+                let disk = Some(opened.disk.name.clone());
+                Some(Opened::find(&PointSpec { point, machine: None, disk, ..source })?.disk)
+            }
             None => None,
         };
         Ok::<_, EngineError>((opened, since))
@@ -209,8 +212,7 @@ async fn fill(
     }
     let reader = Arc::new(opened.repository.disk(&opened.disk, 0));
     progress.set_total(size);
-    let file = stack.files().first().cloned();
-    file.iter().for_each(|file| file.set_write_behind(true));
+    let _writing_behind = stack.files().first().map(FileStorage::write_behind);
     let (mut written, mut same) = (0, 0);
     let mut at = 0;
     // Differences are few, and found in one go.
@@ -241,7 +243,6 @@ async fn fill(
         stack.disk().write_zeroes(rest, ZeroMode { unmap: true, fast_only: false }, WriteFlags::default()).await?;
     }
     stack.disk().flush().await?;
-    file.iter().for_each(|file| file.set_write_behind(false));
     Ok((written, same))
 }
 
@@ -343,7 +344,6 @@ async fn write_differing(
     let there = stack.disk().read(range.start, Buf::new(len as usize)).await?;
     let (repository, reader) = (opened.repository.clone(), Arc::clone(reader));
     let differing = dataplane::offload_remote(move || {
-        let leaf = repository.settings().leaf_bytes as usize;
         let mut differing = Vec::new();
         for extent in reader.extents(range.clone()) {
             let (leaf_range, id) = match extent {
@@ -352,10 +352,7 @@ async fn write_differing(
                 Extent::Lost(_, error) => return Err(error),
             };
             let (from, to) = ((leaf_range.start - range.start) as usize, (leaf_range.end - range.start) as usize);
-            // The disk's last leaf is named with zeroes up to its end.
-            let mut held = there[from..to].to_vec();
-            held.resize(leaf, 0);
-            if repository.leaf_id(&held) != id {
+            if repository.leaf_id(&there[from..to]) != id {
                 let mut bytes = Buf::new(to - from);
                 reader.read(leaf_range.start, &mut bytes)?;
                 differing.push((leaf_range.start, bytes));
@@ -376,19 +373,16 @@ async fn write_differing(
 /// # Errors
 /// When there is no such point, it is damaged, or `write` fails.
 pub fn read_in_order(
-    spec: &RepositorySpec,
-    point: &str,
-    machine: Option<&str>,
-    disk: Option<&str>,
+    source: &PointSpec,
     mut write: impl FnMut(&[u8]) -> std::io::Result<()>,
 ) -> Result<u64, EngineError> {
-    let opened = Opened::find(spec, point, machine, disk)?;
+    let opened = Opened::find(source)?;
     let reader = opened.repository.disk(&opened.disk, 0);
     let mut bytes = vec![0; PIECE as usize];
     let mut at = 0;
     while at < reader.size() {
         let len = (reader.size() - at).min(PIECE) as usize;
-        reader.read(at, &mut bytes[..len]).map_err(|e| spec.failed(e))?;
+        reader.read(at, &mut bytes[..len]).map_err(|e| source.repository.failed(e))?;
         write(&bytes[..len]).map_err(|e| EngineError::file(Path::new("-"), "write to standard output", e))?;
         at += len as u64;
     }

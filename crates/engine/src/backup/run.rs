@@ -13,7 +13,7 @@ use super::plan::{Base, Decision};
 use super::session::Session;
 use super::{BackedUpDisk, BackupHow, BackupReport, RepositorySpec};
 use crate::history::HistorySource;
-use crate::history::offline::{mark_all, open};
+use crate::history::offline::{mark_all, with_all};
 use crate::images::stack::Stack;
 use crate::images::{Progress, Workshop};
 use crate::promotion::JobControl;
@@ -82,7 +82,7 @@ impl Running {
             predecessor: self.base.predecessor().filter(|_| !self.how.full),
             // What is stored anew on purpose is not to be found.
             search: !all_known && !self.how.full,
-            cache: self.base.cache(),
+            cache: Some(self.base.cache()),
             ..BackupOptions::default()
         };
         let plans: Vec<DiskPlan> = disks.iter().map(|disk| disk.plan.clone()).collect();
@@ -120,13 +120,20 @@ impl Running {
         })
     }
 
-    /// Makes the point.
-    pub(crate) async fn finish(
+    /// Makes the point, if all disks were read.
+    pub(crate) async fn end(
         &self,
         session: &Session,
         consistency: Consistency,
-        disks: Vec<BackedUpDisk>,
+        read: Result<Vec<BackedUpDisk>, EngineError>,
     ) -> Result<BackupReport, EngineError> {
+        let disks = match read {
+            Ok(disks) => disks,
+            Err(error) => {
+                session.abandon().await;
+                return Err(error);
+            }
+        };
         let facts = PointFacts {
             machine: self.machine.clone(),
             created_ms: self.time,
@@ -187,28 +194,8 @@ impl Workshop {
         self.run(move || async move {
             let names = names_of(&sources)?;
             let machine = how.machine.clone().unwrap_or_else(|| names[0].clone());
-            let mut stacks = Vec::new();
-            let mut opened = Ok(());
-            for (source, name) in sources.iter().zip(&names) {
-                match open(source, true).await {
-                    Ok(stack) => stacks.push((name.clone(), stack)),
-                    Err(error) => {
-                        opened = Err(error);
-                        break;
-                    }
-                }
-            }
-            let done = match opened {
-                Ok(()) => of_stacks(&stacks, repository, how, machine, &progress).await,
-                Err(error) => Err(error),
-            };
-            let mut closed = Ok(());
-            for (_, stack) in &stacks {
-                closed = closed.and(stack.close().await);
-            }
-            let done = done?;
-            closed?;
-            Ok(done)
+            let named: Vec<_> = names.into_iter().zip(&sources).collect();
+            with_all(&named, async |stacks| of_stacks(stacks, repository, how, machine, &progress).await).await
         })
         .await
     }
@@ -262,13 +249,8 @@ async fn of_stacks(
             }
             Ok(disks)
         };
-        match read.await {
-            Ok(disks) => running.finish(&session, Consistency::Off, disks).await,
-            Err(error) => {
-                session.abandon().await;
-                Err(error)
-            }
-        }
+        let read = read.await;
+        running.end(&session, Consistency::Off, read).await
     };
     let done = done.await;
     for (_, stack) in stacks {

@@ -73,7 +73,7 @@ impl Session {
     }
 
     /// Makes none; what was stored is found by the next session.
-    pub(crate) async fn abandon(&self) {
+    pub(super) async fn abandon(&self) {
         let Some(backup) = self.take() else { return };
         if let Err(error) = dataplane::offload_remote(move || backup.abandon()).await {
             tracing::debug!(%error, "the lease of a backup that was given up runs out by itself");

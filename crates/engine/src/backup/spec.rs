@@ -1,6 +1,6 @@
 //! What is asked of a backup and of a restore, and what came out, as plain data.
 
-use super::RepositorySpec;
+use super::{PointSpec, RepositorySpec};
 use crate::history::FreezeSpec;
 use crate::images::request::{Options, require_absolute};
 use crate::{EngineError, Format};
@@ -162,6 +162,12 @@ pub struct RestoredParent {
 }
 
 impl RestoreSpec {
+    /// What is restored.
+    pub(super) fn source(&self) -> PointSpec {
+        let Self { repository, point, machine, disk, .. } = self.clone();
+        PointSpec { repository, point, machine, disk }
+    }
+
     /// Checks what can be checked without opening anything.
     ///
     /// # Errors

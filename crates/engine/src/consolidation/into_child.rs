@@ -30,8 +30,7 @@ pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result
         kept.top_changes().await?;
     }
     let infill = stack.chain().begin_infill(1..2).await?;
-    let top_file = stack.files()[0].clone();
-    top_file.set_write_behind(true);
+    let writing_behind = stack.files()[0].write_behind();
     let done = async {
         let mut moved = 0;
         for _ in 0..TRIES {
@@ -50,7 +49,7 @@ pub(super) async fn merge(stack: &Rc<Stack>, control: &Rc<JobControl>) -> Result
         Err(EngineError::Invalid(format!("{}: the disk grows all the time; try again", top.display())))
     };
     let done = done.await;
-    top_file.set_write_behind(false);
+    drop(writing_behind);
     let (moved, pause) = match done {
         Ok(done) => done,
         Err(error) => {

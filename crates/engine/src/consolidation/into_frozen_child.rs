@@ -52,7 +52,6 @@ pub(super) async fn merge(stack: &Rc<Stack>, upper: usize, control: &Rc<JobContr
             return Err(error);
         }
     };
-    reopened.file.set_write_behind(false);
     reopened.rest();
     rest(stack).await;
     leave(&gone, &child.path).await;

@@ -45,7 +45,6 @@ pub(super) async fn merge(
         }
     };
     let done = done.await;
-    reopened.file.set_write_behind(false);
     if done.is_err() {
         // The note stays: the parent may have been written to.
         reopened.for_reading(stack).await;

@@ -5,8 +5,8 @@ use crate::images::stack::Stack;
 use crate::snapshots::open_layer;
 use crate::{EngineError, Format, chain_text};
 use std::path::PathBuf;
-use storage::FileStorage;
 use storage::lock::Demand;
+use storage::{FileStorage, WritingBehind};
 
 /// A layer that is written to though it stands below others.
 pub(super) struct Reopened {
@@ -15,6 +15,8 @@ pub(super) struct Reopened {
     pub(super) file: FileStorage,
     /// As it was.
     old_file: FileStorage,
+    /// What is written to it is made durable before the images are exchanged.
+    _writing_behind: WritingBehind,
 }
 
 impl Reopened {
@@ -44,12 +46,10 @@ impl Reopened {
                 old.relock(Demand::READER)?;
                 return Err(error);
             }
-            // What is written to it is made durable before the images are exchanged.
-            file.set_write_behind(true);
             Ok(file)
         })
         .await?;
-        let this = Self { path, format, file, old_file };
+        let this = Self { path, format, _writing_behind: file.write_behind(), file, old_file };
         this.put(stack, &this.file, false).await.inspect_err(|_| {
             let _back = this.give_lock_back();
         })?;

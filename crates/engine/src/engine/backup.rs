@@ -97,13 +97,7 @@ impl Engine {
             true => Consistency::FileSystem,
             false => Consistency::Crash,
         };
-        match read {
-            Ok(disks) => running.finish(&session, consistency, disks).await,
-            Err(error) => {
-                session.abandon().await;
-                Err(error)
-            }
-        }
+        running.end(&session, consistency, read).await
     }
 }
 

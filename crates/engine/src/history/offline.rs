@@ -68,28 +68,8 @@ impl Workshop {
     /// When an image cannot be opened for writing, or has no history.
     pub async fn mark(&self, sources: Vec<HistorySource>, name: String) -> Result<Vec<MarkReport>, EngineError> {
         self.run(move || async move {
-            let mut stacks = Vec::new();
-            let mut opened = Ok(());
-            for source in &sources {
-                match open(source, true).await {
-                    Ok(stack) => stacks.push((name_of(source), stack)),
-                    Err(error) => {
-                        opened = Err(error);
-                        break;
-                    }
-                }
-            }
-            let marked = match opened {
-                Ok(()) => mark_all(&stacks, &name).await,
-                Err(error) => Err(error),
-            };
-            let mut closed = Ok(());
-            for (_, stack) in &stacks {
-                closed = closed.and(stack.close().await);
-            }
-            let marked = marked?;
-            closed?;
-            Ok(marked)
+            let named: Vec<_> = sources.iter().map(|source| (name_of(source), source)).collect();
+            with_all(&named, async |stacks| mark_all(stacks, &name).await).await
         })
         .await
     }
@@ -204,6 +184,35 @@ impl Workshop {
         })
         .await
     }
+}
+
+/// Opens all these images for writing, works on them, and closes them.
+pub(crate) async fn with_all<T>(
+    named: &[(String, &HistorySource)],
+    work: impl AsyncFnOnce(&[(String, Rc<Stack>)]) -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    let mut stacks = Vec::new();
+    let mut opened = Ok(());
+    for (name, source) in named {
+        match open(source, true).await {
+            Ok(stack) => stacks.push((name.clone(), stack)),
+            Err(error) => {
+                opened = Err(error);
+                break;
+            }
+        }
+    }
+    let done = match opened {
+        Ok(()) => work(&stacks).await,
+        Err(error) => Err(error),
+    };
+    let mut closed = Ok(());
+    for (_, stack) in &stacks {
+        closed = closed.and(stack.close().await);
+    }
+    let done = done?;
+    closed?;
+    Ok(done)
 }
 
 pub(crate) async fn mark_all(stacks: &[(String, Rc<Stack>)], name: &str) -> Result<Vec<MarkReport>, EngineError> {

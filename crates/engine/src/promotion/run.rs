@@ -103,8 +103,7 @@ impl Promotion {
                 return Err(error);
             }
         };
-        let target_file = target.files()[0].clone();
-        target_file.set_write_behind(true);
+        let writing_behind = target.files()[0].write_behind();
         let done = async {
             job.progress().set_total(stack.disk().geometry().size);
             let mut copied = 0;
@@ -121,7 +120,7 @@ impl Promotion {
             )))
         };
         let done = done.await;
-        target_file.set_write_behind(false);
+        drop(writing_behind);
         match done {
             Ok((copied, pause)) => {
                 forget_mark(&stack, &mark).await;

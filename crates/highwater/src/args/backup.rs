@@ -2,10 +2,12 @@
 
 use super::HistoryOfArgs;
 use crate::choices;
+use crate::exit::Failure;
 use crate::repository_args::KeyOfArgs;
 use crate::size::{RateArg, parse_rate};
 use clap::Args;
 use engine::Format;
+use engine::backup::PointSpec;
 use std::path::PathBuf;
 
 #[derive(Debug, Args)]
@@ -43,14 +45,13 @@ pub(crate) struct BackupArgs {
     pub(crate) rate: Option<RateArg>,
 }
 
+/// A disk of a restore point.
 #[derive(Debug, Args)]
-pub(crate) struct RestoreArgs {
+pub(crate) struct PointOfArgs {
     /// The repository's directory
     pub(crate) repository: PathBuf,
     /// The point: its id, the first digits of it, or `latest`
     pub(crate) point: String,
-    /// The image or block device
-    pub(crate) target: PathBuf,
     #[command(flatten)]
     pub(crate) key: KeyOfArgs,
     /// Of which machine, when `latest` could be of several
@@ -59,6 +60,22 @@ pub(crate) struct RestoreArgs {
     /// Which disk of the point, if it has several
     #[arg(long, value_name = "NAME")]
     pub(crate) disk: Option<String>,
+}
+
+impl PointOfArgs {
+    /// What the engine is told.
+    pub(crate) fn spec(self) -> Result<PointSpec, Failure> {
+        let Self { repository, point, key, vm: machine, disk } = self;
+        Ok(PointSpec { repository: key.spec(&repository)?, point, machine, disk })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    #[command(flatten)]
+    pub(crate) of: PointOfArgs,
+    /// The image or block device
+    pub(crate) target: PathBuf,
     /// The target's format; by its extension when absent, and raw when that says nothing
     #[arg(short = 'O', long = "output-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) output_format: Option<Format>,
@@ -75,20 +92,10 @@ pub(crate) struct RestoreArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ExportPointArgs {
-    /// The repository's directory
-    pub(crate) repository: PathBuf,
-    /// The point: its id, the first digits of it, or `latest`
-    pub(crate) point: String,
+    #[command(flatten)]
+    pub(crate) of: PointOfArgs,
     /// The image; `-` for raw bytes to standard output
     pub(crate) target: PathBuf,
-    #[command(flatten)]
-    pub(crate) key: KeyOfArgs,
-    /// Of which machine, when `latest` could be of several
-    #[arg(long, value_name = "NAME")]
-    pub(crate) vm: Option<String>,
-    /// Which disk of the point, if it has several
-    #[arg(long, value_name = "NAME")]
-    pub(crate) disk: Option<String>,
     /// The image's format; by its extension when absent, and qcow2 when that says nothing
     #[arg(short = 'O', long = "output-format", value_name = "FORMAT", value_parser = choices::format())]
     pub(crate) output_format: Option<Format>,

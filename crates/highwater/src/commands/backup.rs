@@ -9,7 +9,7 @@ use crate::progress;
 use crate::size::{RateArg, human};
 use anyhow::anyhow;
 use api::{BackupReport, BackupSpec, FreezeSpec, JobKind, RestoreReport, RestoreSpec};
-use engine::backup::{BackupHow, RestoredParent, read_in_order};
+use engine::backup::{BackupHow, PointSpec, RestoredParent, read_in_order};
 use engine::history::refuse_freeze;
 use engine::images::Progress;
 use engine::{Format, format_policy};
@@ -73,11 +73,12 @@ pub(crate) async fn backup(global: &Global, args: BackupArgs) -> Outcome {
 /// `restore`.
 pub(crate) async fn restore(global: &Global, args: RestoreArgs) -> Outcome {
     let format = args.output_format.unwrap_or_else(|| format_policy::of_new(&args.target));
+    let PointSpec { repository, point, machine, disk } = args.of.spec()?;
     let spec = RestoreSpec {
-        repository: args.key.spec(&args.repository)?,
-        point: args.point,
-        machine: args.vm,
-        disk: args.disk,
+        repository,
+        point,
+        machine,
+        disk,
         target: target::absolute(&args.target)?,
         format,
         options: target::options(&args.options)?,
@@ -89,17 +90,16 @@ pub(crate) async fn restore(global: &Global, args: RestoreArgs) -> Outcome {
 
 /// `export`.
 pub(crate) async fn export(global: &Global, args: ExportPointArgs) -> Outcome {
-    let repository = args.key.spec(&args.repository)?;
+    let source = args.of.spec()?;
     if args.target == Path::new("-") {
         if args.since.is_some() || args.output_format.is_some_and(|format| format != Format::Raw) {
             return Err(
                 anyhow!("standard output takes raw bytes alone: leave --since and -O out, or name a file").into()
             );
         }
-        let (point, machine, disk) = (args.point, args.vm, args.disk);
         let written = tokio::task::spawn_blocking(move || {
             let mut out = io::stdout().lock();
-            read_in_order(&repository, &point, machine.as_deref(), disk.as_deref(), |bytes| out.write_all(bytes))?;
+            read_in_order(&source, |bytes| out.write_all(bytes))?;
             out.flush().map_err(|e| engine::EngineError::file("-", "write to standard output", e))
         });
         written.await.map_err(|e| anyhow!(e))??;
@@ -114,11 +114,12 @@ pub(crate) async fn export(global: &Global, args: ExportPointArgs) -> Outcome {
         backing,
         format: args.backing_format.unwrap_or(Format::Qcow2),
     });
+    let PointSpec { repository, point, machine, disk } = source;
     let spec = RestoreSpec {
         repository,
-        point: args.point,
-        machine: args.vm,
-        disk: args.disk,
+        point,
+        machine,
+        disk,
         target: target::absolute(&args.target)?,
         format: args.output_format.unwrap_or(by_name),
         options: target::options(&[])?,
